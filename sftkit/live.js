@@ -1,0 +1,256 @@
+// The live view of a run: loss curve, headline figures, memory, samples, and the buttons that ask the run for something.
+// A page receives the whole (thinned-out) history once, then messages that only append. Words and figures come ready-made from Python
+// (sftkit.view), so that the live and the saved picture agree; this file draws. Text from data only ever enters through textContent.
+
+const TRAIN = "#3b7dd8", EVAL = "#d9780a", ALARM = "#d5483c", FEW = 12;
+const COMMANDS = {
+  stop: ["■ Stop", "Finish this step, write a checkpoint, return"],
+  checkpoint: ["◆ Checkpoint", "Write a checkpoint after this step and go on"],
+  pause: ["‖ Pause", "Wait after this step, with the model in memory"],
+  resume: ["▶ Resume", "Go on training"],
+};
+const CSS = `
+.sft-live{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:760px;padding:2px 0 6px}
+.sft-live *{box-sizing:border-box}
+.sft-head{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;margin:2px 0 8px}
+.sft-head b{font-size:15px;overflow-wrap:anywhere}
+.sft-soft{opacity:.7;font-size:12px;overflow-wrap:anywhere}
+.sft-badge{border:1px solid #7d838c;border-radius:10px;padding:0 9px;font-size:12px;white-space:nowrap}
+.sft-badge[data-state=training]{border-color:${TRAIN};color:${TRAIN}} .sft-badge[data-state=failed],.sft-badge[data-state=died]{border-color:${ALARM};color:${ALARM}}
+.sft-buttons{margin-left:auto;display:flex;gap:6px}
+.sft-buttons button{font:inherit;font-size:12px;color:inherit;background:transparent;border:1px solid rgba(128,128,128,.55);border-radius:4px;padding:2px 10px;cursor:pointer}
+.sft-buttons button:hover:not(:disabled){background:rgba(128,128,128,.16)} .sft-buttons button:focus-visible{outline:2px solid ${TRAIN};outline-offset:1px}
+.sft-buttons button:disabled{opacity:.55;cursor:default}
+.sft-bar{height:3px;background:rgba(128,128,128,.22);border-radius:2px;margin:0 0 10px;overflow:hidden} .sft-bar div{height:100%;background:${TRAIN};border-radius:2px}
+.sft-tiles{display:flex;flex-wrap:wrap;gap:4px 22px;margin-bottom:6px;font-variant-numeric:tabular-nums}
+.sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:17px;font-weight:600;white-space:nowrap}
+.sft-chart{position:relative} .sft-chart canvas{display:block;width:100%;height:250px}
+.sft-read{min-height:18px;font-size:12px;font-variant-numeric:tabular-nums;text-align:right}
+.sft-foot{display:flex;flex-wrap:wrap;align-items:center;gap:4px 14px;font-size:12px}
+.sft-gauge{position:relative;width:220px;max-width:100%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
+.sft-gauge i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:${TRAIN}} .sft-gauge i:first-child{opacity:.35}
+.sft-gauge i:last-child{top:-2px;bottom:-2px;width:2px;border-radius:0} .sft-gauge.sft-full i{background:${ALARM}}
+.sft-foot label{margin-left:auto;display:flex;align-items:center;gap:6px;opacity:.8} .sft-foot input{width:84px;accent-color:${TRAIN};margin:0}
+.sft-notice{border-left:3px solid ${EVAL};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-notice.sft-bad{border-color:${ALARM}}
+.sft-samples{margin-top:6px;font-size:12px} .sft-samples summary{cursor:pointer;opacity:.8}
+.sft-samples dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 12px;margin:6px 0;border-top:1px solid rgba(128,128,128,.3);padding-top:5px}
+.sft-samples dt{opacity:.7} .sft-samples dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto}
+`;
+
+const node = (tag, cls, parent, text) => {
+  const e = document.createElement(tag);
+  if (cls) e.className = cls;
+  if (text !== undefined) e.textContent = text;
+  if (parent) parent.append(e);
+  return e;
+};
+const figure = (v) => v == null ? "–" : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
+
+function ticks(low, high, n, whole) {
+  const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw));
+  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  if (whole) step = Math.max(1, Math.round(step));
+  const out = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
+  return out;
+}
+
+// Bias-corrected exponential moving average; `span` in steps, so that a thinned-out history is smoothed like a full one.
+function smooth(points, span) {
+  let mean = 0, weight = 0, last = null;
+  return points.map(([x, y]) => {
+    if (y != null) {
+      const b = span > 0 ? Math.exp(-(last == null ? 1 : x - last) / span) : 0;
+      mean = b * mean + (1 - b) * y; weight = b * weight + (1 - b); last = x;
+    }
+    return weight ? mean / weight : null;
+  });
+}
+
+// The range of the loss axis: a spike beyond the 99.5th percentile does not flatten the rest.
+function range(points, smoothed, evals) {
+  const raw = points.map((p) => p[1]).filter((v) => v != null).sort((a, b) => a - b);
+  const other = [...evals.map((e) => e[1]), ...smoothed].filter((v) => v != null);
+  if (!raw.length && !other.length) return [0, 1];
+  let low = raw[0] ?? Infinity, high = raw[raw.length - 1] ?? -Infinity, otherHigh = -Infinity;
+  for (const v of other) { if (v < low) low = v; if (v > otherHigh) otherHigh = v; }
+  high = Math.max(high, otherHigh);
+  if (raw.length >= 50) {
+    const usual = Math.max(raw[Math.floor(0.995 * raw.length) - 1], otherHigh);
+    if (high > usual + 0.5 * (usual - low)) high = usual;
+  }
+  const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 0.5;
+  return [low >= 0 ? Math.max(low - pad, 0) : low - pad, high + pad];
+}
+
+function drawChart(canvas, run, state) {
+  const width = canvas.clientWidth, height = canvas.clientHeight, ratio = window.devicePixelRatio || 1;
+  if (!width || !height) return;
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) { canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio); }
+  const c = canvas.getContext("2d"), ink = getComputedStyle(canvas).color, font = getComputedStyle(canvas).fontFamily;
+  c.setTransform(ratio, 0, 0, ratio, 0, 0);
+  c.clearRect(0, 0, width, height);
+  const left = 46, top = 28, right = width - 52, bottom = height - 34;
+  const { points, evals, marks, facts } = run, last = points.length ? points[points.length - 1][0] : 0;
+  const dense = points.length > FEW, span = state.smoothing && Math.max(3, state.smoothing * last);
+  const smoothed = dense ? smooth(points, span) : points.map((p) => p[1]);
+  const end = Math.max(Math.min(facts.total_steps || Infinity, Math.ceil(Math.max(last * 1.12, 10))), last, 1);
+  const [low, high] = range(points, smoothed, evals);
+  const fx = (v) => left + v / end * (right - left), fy = (v) => bottom - (Math.min(Math.max(v, low), high) - low) / (high - low) * (bottom - top);
+  const text = (s, x, y, align, color, alpha = 1, weight = "") => { c.font = `${weight} 11px ${font}`; c.textAlign = align; c.fillStyle = color; c.globalAlpha = alpha; c.fillText(s, x, y); c.globalAlpha = 1; };
+  const line = (x1, y1, x2, y2, alpha, dash = [], color = ink) => { c.strokeStyle = color; c.globalAlpha = alpha; c.lineWidth = 1; c.setLineDash(dash); c.beginPath(); c.moveTo(x1, y1); c.lineTo(x2, y2); c.stroke(); c.setLineDash([]); c.globalAlpha = 1; };
+  for (const v of ticks(low, high, 4)) { line(left, fy(v), right, fy(v), 0.13); text(String(v), left - 8, fy(v) + 4, "right", ink, 0.65); }
+  for (const v of ticks(0, end, Math.max(2, Math.round(width / 120)), true)) { line(fx(v), bottom, fx(v), bottom + 4, 0.4); text(v.toLocaleString("en"), fx(v), bottom + 17, "center", ink, 0.65); }
+  line(left, bottom, right, bottom, 0.4);
+  text("optimizer step", right, bottom + 31, "right", ink, 0.65);
+  let x = left + 2;
+  const key = (label, color, alpha, dash, ring) => {
+    c.strokeStyle = color; c.globalAlpha = alpha; c.lineWidth = ring ? 1.4 : alpha < 1 ? 1 : 2.2; c.setLineDash(dash); c.beginPath(); c.moveTo(x, 8); c.lineTo(x + 18, 8); c.stroke(); c.setLineDash([]);
+    if (ring) { c.lineWidth = 2; c.beginPath(); c.arc(x + 9, 8, 3.2, 0, 7); c.stroke(); }
+    c.globalAlpha = 1; text(label, x + 24, 12, "left", ink, 0.75); x += 24 + c.measureText(label).width + 18;
+  };
+  if (dense) key("smoothed", TRAIN, 1, []);
+  key("loss of each step", TRAIN, dense ? 0.5 : 1, []);
+  if (evals.length) key("evaluation", EVAL, 1, [3, 3], true);
+  let free = left;
+  for (const m of marks) {
+    const at = fx(m.step), color = ["failed", "warning", "not finite"].includes(m.kind) ? ALARM : ink;
+    if (m.kind === "checkpoint") { c.fillStyle = ink; c.globalAlpha = 0.6; c.beginPath(); c.moveTo(at, bottom - 4); c.lineTo(at + 4, bottom); c.lineTo(at, bottom + 4); c.lineTo(at - 4, bottom); c.fill(); c.globalAlpha = 1; continue; }
+    line(at, top, at, bottom, 0.55, [2, 3], color);
+    c.font = `11px ${font}`;
+    const wide = c.measureText(m.kind).width, start = Math.min(at + 4, right - wide);
+    if (start >= free) { text(m.kind, start, top + 10, "left", color, 0.85); free = start + wide + 8; }
+  }
+  const path = (xs, ys, color, w, alpha, dash = []) => {
+    c.strokeStyle = color; c.lineWidth = w; c.globalAlpha = alpha; c.lineJoin = "round"; c.setLineDash(dash); c.beginPath();
+    let pen = false;
+    for (let i = 0; i < xs.length; i++) { if (ys[i] == null) { pen = false; continue; } if (pen) c.lineTo(fx(xs[i]), fy(ys[i])); else c.moveTo(fx(xs[i]), fy(ys[i])); pen = true; }
+    c.stroke(); c.globalAlpha = 1; c.setLineDash([]);
+  };
+  const xs = points.map((p) => p[0]);
+  path(xs, points.map((p) => p[1]), TRAIN, dense ? 1 : 2, dense ? 0.4 : 1);
+  if (dense) path(xs, smoothed, TRAIN, 2.2, 1);
+  else for (const [a, b] of points) if (b != null) { c.fillStyle = TRAIN; c.beginPath(); c.arc(fx(a), fy(b), 3, 0, 7); c.fill(); }
+  path(evals.map((e) => e[0]), evals.map((e) => e[1]), EVAL, 1.4, 1, [3, 3]);
+  c.strokeStyle = EVAL; c.lineWidth = 2;
+  for (const [a, b] of evals) if (b != null) { c.beginPath(); c.arc(fx(a), fy(b), 3.4, 0, 7); c.stroke(); }
+  const ends = [[smoothed, TRAIN], [evals.map((e) => e[1]), EVAL]].map(([v, color]) => [v.filter((y) => y != null).pop(), color]).filter((e) => e[0] != null).map(([v, color]) => [fy(v) + 4, v, color]).sort((a, b) => a[0] - b[0]);
+  if (ends.length === 2 && ends[1][0] - ends[0][0] < 13) { const mid = (ends[0][0] + ends[1][0]) / 2; ends[0][0] = mid - 6.5; ends[1][0] = mid + 6.5; }
+  const endX = Math.min(fx(Math.max(last, ...evals.slice(-1).map((e) => e[0]))) + 9, right + 6);
+  for (const [y, v, color] of ends) text(v < 100 ? v.toFixed(3) : figure(v), endX, y, "left", color, 1, "600");
+  if (!points.length) text(facts.state === "starting" || !facts.state ? "loading the model and the data …" : "no steps yet", (left + right) / 2, (top + bottom) / 2, "center", ink, 0.7);
+  state.pick = null;
+  if (state.hover != null && points.length) {
+    const want = (state.hover - left) / (right - left) * end;
+    let a = 0, b = points.length - 1;
+    while (a < b) { const m = (a + b) >> 1; if (points[m][0] < want) a = m + 1; else b = m; }
+    if (a && want - points[a - 1][0] < points[a][0] - want) a--;
+    const p = points[a]; state.pick = [p, smoothed[a]];
+    line(fx(p[0]), top, fx(p[0]), bottom, 0.5);
+    if (p[1] != null) { c.fillStyle = TRAIN; c.beginPath(); c.arc(fx(p[0]), fy(p[1]), 3.5, 0, 7); c.fill(); }
+  }
+}
+
+function mount(model, el, run) {
+  node("style", "", el, CSS + `.sft-static[data-run="${CSS_ID(model.get("run_id"))}"]{display:none}`);
+  const root = node("div", "sft-live", el), head = node("div", "sft-head", root);
+  node("b", "", head, model.get("title"));
+  const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head);
+  const bar = node("div", "", node("div", "sft-bar", root)), tiles = node("div", "sft-tiles", root);
+  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), read = node("div", "sft-read", root), foot = node("div", "sft-foot", root);
+  canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", "loss by optimizer step");
+  const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "", gauge)], words = node("span", "sft-soft", foot);
+  const label = node("label", "", foot, "smoothing"), slider = node("input", "", label);
+  Object.assign(slider, { type: "range", min: 0, max: 100, value: 35, title: "Weight of the past in the smoothed curve" });
+  const notice = node("div", "sft-notice", root), samples = node("details", "sft-samples", root);
+  samples.open = true;
+  const state = { smoothing: 0.025, hover: null, pick: null };
+  let shownSamples = null, frame = 0;
+
+  function drawButtons() {
+    const at = run.facts.state, running = at === "training" || at === "starting" || at === "paused";
+    const names = running ? model.get("commands").map((n) => n === "pause" && at === "paused" ? "resume" : n) : [];
+    const want = JSON.stringify([names, run.pressed]);
+    if (buttons.dataset.shown === want) return;
+    buttons.dataset.shown = want; buttons.replaceChildren();
+    for (const n of names) {
+      const b = node("button", "", buttons, run.pressed[n] ? (n === "stop" ? "stopping …" : "asked …") : COMMANDS[n][0]);
+      b.title = COMMANDS[n][1]; b.dataset.command = n; b.disabled = !!run.pressed[n];
+      b.onclick = () => {
+        run.pressed[n] = "sent"; run.refused = "";
+        model.send({ type: "request", name: n });
+        setTimeout(() => { if (run.pressed[n] === "sent") { run.refused = "The kernel has not taken notice yet: this front-end delivers clicks only when no cell runs. Interrupting the cell (■ in the toolbar) stops the run just as safely."; draw(); } }, 4000);
+        draw();
+      };
+    }
+  }
+  function drawSamples() {
+    if (shownSamples === run.samples) return;
+    shownSamples = run.samples; samples.replaceChildren(); samples.hidden = !run.samples.length;
+    node("summary", "", samples, `What it says (${run.samples.length})`);
+    for (const s of run.samples) {
+      const dl = node("dl", "", samples);
+      for (const [k, v] of [["prompt", s.prompt], ["reference", s.reference], ["before", s.base], ["now", s.tuned]])
+        if (v != null) { node("dt", "", dl, k); node("dd", "", dl, v); }
+    }
+  }
+  function paint() {
+    frame = 0;
+    const f = run.facts;
+    badge.textContent = f.badge || "◌ starting"; badge.dataset.state = f.state || "starting";
+    name.textContent = f.model || "";
+    bar.parentNode.hidden = !f.total_steps; bar.style.width = f.total_steps ? `${Math.min(100, 100 * f.step / f.total_steps)}%` : 0;
+    tiles.replaceChildren(...(f.headline || []).map(([k, v]) => { const d = node("div"); node("span", "", d, k); node("b", "", d, v); return d; }));
+    gauge.hidden = !f.gauge; words.textContent = f.memory_words || "";
+    if (f.gauge) { f.gauge.forEach((v, i) => { bars[i].style[i === 2 ? "left" : "width"] = i === 2 ? `calc(${100 * v}% - 2px)` : `${100 * v}%`; }); gauge.className = f.gauge[2] > 0.92 ? "sft-gauge sft-full" : "sft-gauge"; }
+    const said = run.refused || f.error || f.note || "";
+    notice.hidden = !said; notice.textContent = said; notice.className = f.error && !run.refused ? "sft-notice sft-bad" : "sft-notice";
+    drawButtons(); drawSamples(); drawChart(canvas, run, state);
+    if (state.pick) {
+      const [[step, loss, lr, norm, rate], smoothed] = state.pick;
+      read.textContent = `step ${step.toLocaleString("en")} · loss ${figure(loss)} · smoothed ${figure(smoothed)} · lr ${lr == null ? "–" : lr.toExponential(2)} · grad norm ${figure(norm)} · ${figure(rate && Math.round(rate))} tokens/s`;
+    } else read.textContent = "";
+    run.draws++; root.dataset.draws = run.draws; root.dataset.points = run.points.length; root.dataset.step = f.step || 0;
+  }
+  const draw = () => { if (!frame) frame = requestAnimationFrame(paint); };
+  canvas.onpointermove = (e) => { state.hover = e.offsetX; draw(); };
+  canvas.onpointerleave = () => { state.hover = null; draw(); };
+  slider.oninput = () => { state.smoothing = slider.value === "0" ? 0 : 0.2 * (slider.value / 100) ** 2; draw(); };
+  const resized = new ResizeObserver(draw), themed = new MutationObserver(draw);
+  resized.observe(chart); themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
+  draw();
+  return { draw, close() { resized.disconnect(); themed.disconnect(); cancelAnimationFrame(frame); } };
+}
+const CSS_ID = (id) => String(id).replace(/[^\w-]/g, "");
+
+export default () => { // one store for all views of this run; `model` is another proxy in each call, so nothing hangs on it
+  const run = { points: [], evals: [], marks: [], samples: [], facts: {}, seq: -1, pressed: {}, refused: "", draws: 0 };
+  const views = new Set();
+  const append = (list, more) => { for (const p of more || []) { while (list.length && list[list.length - 1][0] >= p[0]) list.pop(); list.push(p); } };
+  const take = (m) => {
+    if (m.taken !== undefined) {
+      run.pressed[m.taken] = "taken"; run.refused = "";
+      if (m.taken !== "stop") setTimeout(() => { delete run.pressed[m.taken]; views.forEach((v) => v.draw()); }, 2500);
+    } else if (m.refused !== undefined) { delete run.pressed[m.name]; run.refused = m.refused; }
+    else if (m.seq > run.seq) {
+      run.seq = m.seq; run.facts = m.facts;
+      for (const list of [run.points, run.evals]) while (list.length && list[list.length - 1][0] > m.facts.step) list.pop(); // a resumed run went back
+      append(run.points, m.points); append(run.evals, m.evals);
+      if (m.marks) run.marks = m.marks;
+      if (m.samples) run.samples = m.samples;
+    }
+    views.forEach((v) => v.draw());
+  };
+  return {
+    initialize({ model }) {
+      const h = model.get("history");
+      if (h && h.facts) take(h);
+      model.on("msg:custom", take);
+    },
+    render({ model, el }) {
+      const view = mount(model, el, run);
+      views.add(view);
+      return () => { views.delete(view); view.close(); };
+    },
+  };
+};
