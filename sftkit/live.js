@@ -25,12 +25,12 @@ const CSS = `
 .sft-tiles{display:flex;flex-wrap:wrap;gap:4px 22px;margin-bottom:6px;font-variant-numeric:tabular-nums}
 .sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:17px;font-weight:600;white-space:nowrap}
 .sft-chart{position:relative} .sft-chart canvas{display:block;width:100%;height:250px}
-.sft-read{min-height:18px;font-size:12px;font-variant-numeric:tabular-nums;text-align:right}
+.sft-under{display:flex;align-items:center;gap:4px 14px;min-height:20px;font-size:12px;margin-bottom:4px} .sft-read{margin-left:auto;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-variant-numeric:tabular-nums}
 .sft-foot{display:flex;flex-wrap:wrap;align-items:center;gap:4px 14px;font-size:12px}
 .sft-gauge{position:relative;width:220px;max-width:100%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
 .sft-gauge i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:${TRAIN}} .sft-gauge i:first-child{opacity:.35}
 .sft-gauge i:last-child{top:-2px;bottom:-2px;width:2px;border-radius:0} .sft-gauge.sft-full i{background:${ALARM}}
-.sft-foot label{margin-left:auto;display:flex;align-items:center;gap:6px;opacity:.8} .sft-foot input{width:84px;accent-color:${TRAIN};margin:0}
+.sft-under label{display:flex;flex:none;align-items:center;gap:6px;opacity:.8} .sft-under input{width:84px;accent-color:${TRAIN};margin:0}
 .sft-notice{border-left:3px solid ${EVAL};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-notice.sft-bad{border-color:${ALARM}}
 .sft-samples{margin-top:6px;font-size:12px} .sft-samples summary{cursor:pointer;opacity:.8}
 .sft-samples dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 12px;margin:6px 0;border-top:1px solid rgba(128,128,128,.3);padding-top:5px}
@@ -83,6 +83,24 @@ function range(points, smoothed, evals) {
   return [low >= 0 ? Math.max(low - pad, 0) : low - pad, high + pad];
 }
 
+// Indices of at most about `most` points, with the lowest and highest of each bucket and every first gap: what is left out would not change the picture.
+function thin(points, most) {
+  const n = points.length, size = n / (most / 2), keep = [];
+  if (n <= most) return points.map((_, i) => i);
+  for (let start = 0; start < n; start += size) {
+    let low = -1, high = -1, gap = -1;
+    for (let i = Math.floor(start); i < Math.min(Math.floor(start + size), n); i++) {
+      const v = points[i][1];
+      if (v == null) { if (gap < 0) gap = i; continue; }
+      if (low < 0 || v < points[low][1]) low = i;
+      if (high < 0 || v > points[high][1]) high = i;
+    }
+    keep.push(...[...new Set([low, high, gap])].filter((i) => i >= 0).sort((a, b) => a - b));
+  }
+  if (keep[keep.length - 1] !== n - 1) keep.push(n - 1);
+  return keep;
+}
+
 function drawChart(canvas, run, state) {
   const width = canvas.clientWidth, height = canvas.clientHeight, ratio = window.devicePixelRatio || 1;
   if (!width || !height) return;
@@ -90,6 +108,13 @@ function drawChart(canvas, run, state) {
   const c = canvas.getContext("2d"), ink = getComputedStyle(canvas).color, font = getComputedStyle(canvas).fontFamily;
   c.setTransform(ratio, 0, 0, ratio, 0, 0);
   c.clearRect(0, 0, width, height);
+  state.pick = null;
+  if (!run.points.length && !run.evals.length) {
+    c.font = `13px ${font}`; c.textAlign = "center"; c.fillStyle = ink; c.globalAlpha = 0.7;
+    c.fillText(run.facts.state === "training" ? "waiting for the first step …" : "loading the model and the data …", width / 2, height / 2);
+    c.globalAlpha = 1;
+    return;
+  }
   const left = 46, top = 28, right = width - 52, bottom = height - 34;
   const { points, evals, marks, facts } = run, last = points.length ? points[points.length - 1][0] : 0;
   const dense = points.length > FEW, span = state.smoothing && Math.max(3, state.smoothing * last);
@@ -127,9 +152,9 @@ function drawChart(canvas, run, state) {
     for (let i = 0; i < xs.length; i++) { if (ys[i] == null) { pen = false; continue; } if (pen) c.lineTo(fx(xs[i]), fy(ys[i])); else c.moveTo(fx(xs[i]), fy(ys[i])); pen = true; }
     c.stroke(); c.globalAlpha = 1; c.setLineDash([]);
   };
-  const xs = points.map((p) => p[0]);
-  path(xs, points.map((p) => p[1]), TRAIN, dense ? 1 : 2, dense ? 0.4 : 1);
-  if (dense) path(xs, smoothed, TRAIN, 2.2, 1);
+  const kept = thin(points, 1.5 * width), xs = kept.map((i) => points[i][0]);
+  path(xs, kept.map((i) => points[i][1]), TRAIN, dense ? 1 : 2, dense ? 0.4 : 1);
+  if (dense) path(xs, kept.map((i) => smoothed[i]), TRAIN, 2.2, 1);
   else for (const [a, b] of points) if (b != null) { c.fillStyle = TRAIN; c.beginPath(); c.arc(fx(a), fy(b), 3, 0, 7); c.fill(); }
   path(evals.map((e) => e[0]), evals.map((e) => e[1]), EVAL, 1.4, 1, [3, 3]);
   c.strokeStyle = EVAL; c.lineWidth = 2;
@@ -138,8 +163,8 @@ function drawChart(canvas, run, state) {
   if (ends.length === 2 && ends[1][0] - ends[0][0] < 13) { const mid = (ends[0][0] + ends[1][0]) / 2; ends[0][0] = mid - 6.5; ends[1][0] = mid + 6.5; }
   const endX = Math.min(fx(Math.max(last, ...evals.slice(-1).map((e) => e[0]))) + 9, right + 6);
   for (const [y, v, color] of ends) text(v < 100 ? v.toFixed(3) : figure(v), endX, y, "left", color, 1, "600");
-  if (!points.length) text(facts.state === "starting" || !facts.state ? "loading the model and the data …" : "no steps yet", (left + right) / 2, (top + bottom) / 2, "center", ink, 0.7);
-  state.pick = null;
+  const spike = points.reduce((m, p) => p[1] != null && p[1] > (m ? m[1] : -Infinity) ? p : m, null);
+  if (spike && spike[1] > high) text(`▲ ${figure(spike[1])}`, fx(spike[0]), top - 4, "center", TRAIN);
   if (state.hover != null && points.length) {
     const want = (state.hover - left) / (right - left) * end;
     let a = 0, b = points.length - 1;
@@ -157,10 +182,10 @@ function mount(model, el, run) {
   node("b", "", head, model.get("title"));
   const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head);
   const bar = node("div", "", node("div", "sft-bar", root)), tiles = node("div", "sft-tiles", root);
-  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), read = node("div", "sft-read", root), foot = node("div", "sft-foot", root);
+  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), foot = node("div", "sft-foot", root);
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", "loss by optimizer step");
   const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "", gauge)], words = node("span", "sft-soft", foot);
-  const label = node("label", "", foot, "smoothing"), slider = node("input", "", label);
+  const label = node("label", "", under, "smoothing"), slider = node("input", "", label), read = node("span", "sft-read", under);
   Object.assign(slider, { type: "range", min: 0, max: 100, value: 35, title: "Weight of the past in the smoothed curve" });
   const notice = node("div", "sft-notice", root), samples = node("details", "sft-samples", root);
   samples.open = true;
@@ -205,10 +230,11 @@ function mount(model, el, run) {
     if (f.gauge) { f.gauge.forEach((v, i) => { bars[i].style[i === 2 ? "left" : "width"] = i === 2 ? `calc(${100 * v}% - 2px)` : `${100 * v}%`; }); gauge.className = f.gauge[2] > 0.92 ? "sft-gauge sft-full" : "sft-gauge"; }
     const said = run.refused || f.error || f.note || "";
     notice.hidden = !said; notice.textContent = said; notice.className = f.error && !run.refused ? "sft-notice sft-bad" : "sft-notice";
+    label.style.visibility = run.points.length > FEW ? "" : "hidden";
     drawButtons(); drawSamples(); drawChart(canvas, run, state);
     if (state.pick) {
       const [[step, loss, lr, norm, rate], smoothed] = state.pick;
-      read.textContent = `step ${step.toLocaleString("en")} · loss ${figure(loss)} · smoothed ${figure(smoothed)} · lr ${lr == null ? "–" : lr.toExponential(2)} · grad norm ${figure(norm)} · ${figure(rate && Math.round(rate))} tokens/s`;
+      read.textContent = `step ${step.toLocaleString("en")} · loss ${figure(loss)} · smoothed ${figure(smoothed)} · lr ${lr == null ? "–" : lr.toExponential(2)} · grad norm ${figure(norm)} · ${figure(rate && Math.round(rate))} tok/s`;
     } else read.textContent = "";
     run.draws++; root.dataset.draws = run.draws; root.dataset.points = run.points.length; root.dataset.step = f.step || 0;
   }

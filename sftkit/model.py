@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['best_device', 'compute_dtype', 'load_tokenizer', 'add_tokens', 'attention_backend', 'load_base', 'fit_embeddings',
            'linear_layers', 'add_lora', 'parameter_counts', 'recompute_activations', 'load_for_training', 'save_model',
-           'load_trained', 'causal_lm', 'token_loss_sum', 'mean_token_loss', 'sample_model']
+           'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum', 'check_scoring', 'mean_token_loss',
+           'sample_model']
 
-# %% ../nbs/04_model.ipynb #2c6fa2b1
-import functools, importlib.util, logging, os, shutil, tempfile, warnings
+# %% ../nbs/04_model.ipynb #e94c5007
+import contextlib, functools, importlib.util, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -16,13 +17,13 @@ from .recipe import ModelError, Recipe, did_you_mean
 
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"): logging.getLogger(_noisy).setLevel(logging.ERROR)
 
-# %% ../nbs/04_model.ipynb #37837e18
+# %% ../nbs/04_model.ipynb #e76162d2
 def best_device()->torch.device: # cuda, mps or cpu
     "The device training runs on."
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/04_model.ipynb #55ffe4fc
+# %% ../nbs/04_model.ipynb #aaa83aa5
 def compute_dtype(
     mixed_precision:str|None, # "bf16", "fp16", "no", or None for the best the device has
     device:torch.device,
@@ -37,7 +38,7 @@ def compute_dtype(
         raise ModelError(f"`mixed_precision='bf16'` needs a GPU of the Ampere generation (2020) or later; this is {name}. Use 'fp16'." if device.type == "cuda" else f"`mixed_precision='bf16'` is not available on {name}. Use 'no'.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[mixed_precision]
 
-# %% ../nbs/04_model.ipynb #ef571736
+# %% ../nbs/04_model.ipynb #5959b2bc
 def _load(what, source, load, **kw):
     "Call `load(source, **kw)`; what transformers says about a missing or unreadable model becomes one clear `ModelError`."
     is_path = source.startswith((".", "/", "~")) or os.sep in source.replace("/", os.sep, 0) and source.count("/") != 1
@@ -47,7 +48,7 @@ def _load(what, source, load, **kw):
         raise ModelError(f"The {what} of `{source}` could not be loaded ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]}). Give a folder with config.json, "
                          "safetensors weights and tokenizer files, or the id of a model on the hub that you may read.") from e
 
-# %% ../nbs/04_model.ipynb #0d25fcbf
+# %% ../nbs/04_model.ipynb #60f13648
 def load_tokenizer(
     model:str, # hub id or folder
     trust_remote_code:bool=False, # run code that comes with the model
@@ -60,7 +61,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/04_model.ipynb #e88ce8a4
+# %% ../nbs/04_model.ipynb #7fbf623b
 def add_tokens(
     tokenizer, # changed in place
     tokens:list, # special tokens to add; those it has are left alone
@@ -70,7 +71,7 @@ def add_tokens(
     if new: tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer.convert_tokens_to_ids(new)
 
-# %% ../nbs/04_model.ipynb #16c7d2d3
+# %% ../nbs/04_model.ipynb #5636cf40
 def _quantization_config(quantization, dtype):
     from transformers import BitsAndBytesConfig
     if quantization == "int8": return BitsAndBytesConfig(load_in_8bit=True)
@@ -82,7 +83,7 @@ def _keep_gradients_on_cpu(model):
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit): layer.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/04_model.ipynb #1749dc46
+# %% ../nbs/04_model.ipynb #e2bd6d3c
 def attention_backend(
     use_flash_attention_2:bool, # asked for by the recipe
     device:torch.device,
@@ -93,7 +94,7 @@ def attention_backend(
     why = "needs an NVIDIA GPU" if device.type != "cuda" else "is not installed (pip install flash-attn)"
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
 
-# %% ../nbs/04_model.ipynb #e22344ef
+# %% ../nbs/04_model.ipynb #5c594856
 def load_base(
     model:str, # hub id or folder
     dtype:torch.dtype=torch.float32, # of the weights (of the computation, if quantised)
@@ -114,7 +115,7 @@ def load_base(
     if isinstance(e := loaded.get_input_embeddings(), nn.Embedding): e.padding_idx = None
     return loaded
 
-# %% ../nbs/04_model.ipynb #477d9e19
+# %% ../nbs/04_model.ipynb #8176126c
 def fit_embeddings(
     model, # changed in place
     tokenizer, # may have more tokens than the model has rows
@@ -130,7 +131,7 @@ def fit_embeddings(
             noise = torch.randn(len(tokenizer) - rows, old.shape[1], generator=torch.Generator().manual_seed(0)).to(old.device)
             weight[rows:] = (old.mean(0) + 0.1 * old.std(0) * noise).to(weight.dtype)
 
-# %% ../nbs/04_model.ipynb #d3ddad31
+# %% ../nbs/04_model.ipynb #bee55d5b
 def linear_layers(
     model, # a causal language model
 )->list[str]: # last parts of the names of its linear layers, head excluded, in order of appearance
@@ -139,7 +140,7 @@ def linear_layers(
     head = model.get_output_embeddings()
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head))
 
-# %% ../nbs/04_model.ipynb #73e12880
+# %% ../nbs/04_model.ipynb #41364314
 def _targets(model, target_modules):
     "The recipe's words for the layers with an adapter, checked against the model."
     if target_modules == "all-linear": return target_modules
@@ -158,7 +159,14 @@ def _token_rows(model, new_ids):
         raise ModelError(f"{type(model).__name__} has a bias in its head, with which single new token rows cannot be trained. Add `modules_to_save=\"{names[id(embedding)]},{names[id(head)]}\"`.")
     return {names[id(m)]: new_ids for m in (embedding, head) if m is embedding or (m is not None and m.weight is not embedding.weight)}
 
-# %% ../nbs/04_model.ipynb #82a21114
+@contextlib.contextmanager
+def _quiet_peft():
+    "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+# %% ../nbs/04_model.ipynb #221849ac
 def add_lora(
     model, # a loaded base; frozen from then on
     r:Recipe, # its LoRA fields are read
@@ -173,11 +181,9 @@ def add_lora(
                         use_dora=r.use_dora, use_rslora=r.use_rslora, init_lora_weights=True if r.init_lora_weights == "default" else r.init_lora_weights,
                         modules_to_save=saved, trainable_token_indices=None if saved else _token_rows(model, list(new_ids)),
                         fan_in_fan_out=not r.quantization and any(isinstance(m, Conv1D) for m in model.modules()))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+    with _quiet_peft(): return get_peft_model(model, config)
 
-# %% ../nbs/04_model.ipynb #c2855481
+# %% ../nbs/04_model.ipynb #cbdba6c0
 def parameter_counts(
     model,
 )->tuple[int, int]: # trainable, total; a 4-bit weight counts as the weights it holds
@@ -185,7 +191,7 @@ def parameter_counts(
     if hasattr(model, "get_nb_trainable_parameters"): return model.get_nb_trainable_parameters()
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/04_model.ipynb #ae7b21ba
+# %% ../nbs/04_model.ipynb #75780fed
 def recompute_activations(
     model, # changed in place
 ):
@@ -194,7 +200,7 @@ def recompute_activations(
     if hasattr(model, "activation_checkpointing_enable"): model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})      # transformers before 5.20
 
-# %% ../nbs/04_model.ipynb #2a58699d
+# %% ../nbs/04_model.ipynb #f848cd44
 def load_for_training(
     r:Recipe,
     tokenizer, # with the new tokens already added
@@ -212,7 +218,7 @@ def load_for_training(
     if r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu"): recompute_activations(model)
     return model.train()
 
-# %% ../nbs/04_model.ipynb #42ff2e93
+# %% ../nbs/04_model.ipynb #caf4bce9
 def save_model(
     model, # as trained
     tokenizer, # with its chat template
@@ -230,7 +236,7 @@ def save_model(
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/04_model.ipynb #bdf7006e
+# %% ../nbs/04_model.ipynb #2d76c6b9
 def load_trained(
     folder:str|Path, # a run directory or checkpoint: adapter or full weights, and tokenizer
     dtype:torch.dtype=torch.float32,
@@ -245,11 +251,11 @@ def load_trained(
     from transformers import GenerationConfig
     base = load_base(PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, device, quantization, trust_remote_code=trust_remote_code)
     fit_embeddings(base, tokenizer)
-    model = PeftModel.from_pretrained(base, folder).eval()
+    with _quiet_peft(): model = PeftModel.from_pretrained(base, folder).eval()
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
-# %% ../nbs/04_model.ipynb #17901599
+# %% ../nbs/04_model.ipynb #be34581f
 def _logit_scale(config):
     "Factor that some families put on their logits: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM divide."
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -264,8 +270,10 @@ def _head_loss(hidden, labels, head, scale, softcap):
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
-# %% ../nbs/04_model.ipynb #b853dc15
-def _scored_forward(base):
+# %% ../nbs/04_model.ipynb #f21fae75
+def score_tokens(
+    base, # a transformers causal language model, changed in place
+):
     "Teach `base.forward` the argument `scored_labels` (batch, seq), with which it returns {'loss_sum': scalar} instead of logits. Done once per model."
     if "_plain_forward" in base.__dict__: return
     base._plain_forward = plain = base.forward
@@ -286,7 +294,7 @@ def _scored_forward(base):
                                 for h, l in zip(hidden.split(chunk), labels.split(chunk)))}
     base.forward = forward
 
-# %% ../nbs/04_model.ipynb #10f74cc3
+# %% ../nbs/04_model.ipynb #ce8c8eb3
 def causal_lm(
     model, # possibly wrapped by an adapter or for data parallelism
 ): # the transformers model inside
@@ -294,17 +302,34 @@ def causal_lm(
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
-# %% ../nbs/04_model.ipynb #8f976b18
+# %% ../nbs/04_model.ipynb #c331e51c
 def token_loss_sum(
     model, # causal language model, possibly wrapped
     batch:dict, # input_ids, labels (batch, seq) int64, -100 = not trained; optionally attention_mask, position_ids
 )->torch.Tensor: # scalar fp32: nats, summed over trained tokens
     "Summed next-token cross-entropy over the trained tokens. Position t is scored from the hidden state at t-1, so labels[:, 0] counts for nothing."
-    _scored_forward(causal_lm(model))
+    score_tokens(causal_lm(model))
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
     return model(**inputs, scored_labels=batch["labels"], use_cache=False)["loss_sum"]
 
-# %% ../nbs/04_model.ipynb #48ed7277
+# %% ../nbs/04_model.ipynb #c4db25b3
+@torch.no_grad()
+def check_scoring(
+    model, # as loaded for training; its mode is restored
+    ids:list, # a few dozen token ids of the data
+):
+    "Compare `token_loss_sum` with the loss of the model's own full logits. Raises `ModelError` if they differ by more than 2 %, several times what rounding in bf16 does."
+    was_training, ids = model.training, torch.as_tensor(ids, dtype=torch.long, device=next(model.parameters()).device)[None]
+    model.eval()
+    try:
+        ours = token_loss_sum(model, dict(input_ids=ids, labels=ids))
+        full = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    finally: model.train(was_training)
+    if not abs(ours - full) <= 0.02 * abs(full):
+        raise ModelError(f"{type(causal_lm(model)).__name__} turns hidden states into logits in a way that sftkit does not know (loss {ours / ids.shape[1]:.4f} instead of {full / ids.shape[1]:.4f} "
+                         "per token), so nothing was trained. Please report the model's name.")
+
+# %% ../nbs/04_model.ipynb #cea7d632
 @torch.no_grad()
 def mean_token_loss(
     model,
@@ -322,7 +347,7 @@ def mean_token_loss(
     finally: model.train(was_training)
     return total, tokens
 
-# %% ../nbs/04_model.ipynb #ad20e5de
+# %% ../nbs/04_model.ipynb #14e8c3b5
 def _unpack_gguf(folder, name, target):
     "Convert a GGUF file to a transformers folder in fp32; `target` appears complete or not at all."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -337,7 +362,7 @@ def _unpack_gguf(folder, name, target):
     try: os.replace(aside, target)
     except OSError: shutil.rmtree(aside)          # another process was first
 
-# %% ../nbs/04_model.ipynb #2a8f8e85
+# %% ../nbs/04_model.ipynb #52d615bc
 def sample_model()->str: # a folder that holds the model, or its hub id
     "SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters), for tutorials and tests. The cache is `SFTKIT_CACHE`, by default `~/.cache/sftkit`."
     cache = Path(os.environ.get("SFTKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"sftkit")

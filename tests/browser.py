@@ -1,0 +1,188 @@
+"""Drives JupyterLab in headless Chromium, as a person would: open a notebook, run it, look, click, save, reopen.
+
+    with lab(folder) as server:                      # JupyterLab on 127.0.0.1, its settings in a temporary folder
+        write_notebook(folder/"x.ipynb", ["1 + 1"])
+        with notebook(server, "x.ipynb") as nb:
+            nb.run_all()
+            nb.screenshot("x.png")
+
+Needs jupyterlab, playwright and a Chromium (SFTKIT_CHROMIUM, else /usr/bin/chromium, else what is on PATH). `missing()` says what is not there.
+"""
+import contextlib, importlib.util, json, os, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.error, urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+def chromium():
+    "Path of a Chromium, or None."
+    found = os.environ.get("SFTKIT_CHROMIUM") or "/usr/bin/chromium"
+    return found if Path(found).exists() else shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def missing():
+    "What the browser tests need and is not installed, in one line; empty if all is there."
+    wanted = [name for name in ("jupyterlab", "playwright", "anywidget") if importlib.util.find_spec(name) is None]
+    if not chromium(): wanted.append("chromium")
+    return f"not installed: {', '.join(wanted)}" if wanted else ""
+
+
+def write_notebook(path, cells, markdown=()):
+    "Write a notebook of code cells (the indices in `markdown` are prose)."
+    import nbformat
+    nb = nbformat.v4.new_notebook()
+    nb.cells = [nbformat.v4.new_markdown_cell(c) if i in markdown else nbformat.v4.new_code_cell(c) for i, c in enumerate(cells)]
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nb, path)
+    return Path(path)
+
+
+def untrusted_copy(path, to):
+    "A copy whose signature is unknown, as if it had been downloaded."
+    nb = json.loads(Path(path).read_text())
+    nb["metadata"]["downloaded"] = time.time()
+    for cell in nb["cells"]: cell.get("metadata", {}).pop("trusted", None)
+    Path(to).write_text(json.dumps(nb))
+    return Path(to)
+
+
+@dataclass
+class Server:
+    url: str
+    token: str
+    root: Path
+    browser: object
+    log: Path
+
+    def api(self, method, path):
+        request = urllib.request.Request(f"{self.url}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as reply: return json.loads(reply.read() or "null")
+
+    def end_sessions(self):
+        "Shut down every kernel."
+        for session in self.api("GET", "sessions"): self.api("DELETE", f"sessions/{session['id']}")
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait_until_up(server, process, seconds=40):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None: break
+        try: return server.api("GET", "status")
+        except (urllib.error.URLError, ConnectionError, TimeoutError): time.sleep(0.2)
+    raise RuntimeError("JupyterLab did not come up:\n" + server.log.read_text()[-3000:])
+
+
+@contextlib.contextmanager
+def lab(root_dir, env=None):
+    "A running JupyterLab over `root_dir` and a browser; both are gone afterwards. `env` is added to the environment of its kernels."
+    from playwright.sync_api import sync_playwright
+    root_dir, port = Path(root_dir).resolve(), _free_port()
+    with tempfile.TemporaryDirectory(prefix="sftkit-lab-") as aside, contextlib.ExitStack() as stack:
+        token, log = "sftkit-test", Path(aside)/"lab.log"
+        kernel_env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1",
+                      "IPYTHONDIR": f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, **(env or {})}
+        for name in ("SFTKIT_RENDERER", "VSCODE_PID", "JPY_SESSION_NAME"):
+            if name not in (env or {}): kernel_env.pop(name, None)
+        command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+                   f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+        quiet = Path(aside)/"settings"/"@jupyterlab"/"apputils-extension"
+        quiet.mkdir(parents=True)
+        (quiet/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        kernel_env["JUPYTERLAB_SETTINGS_DIR"] = f"{aside}/settings"
+        process = subprocess.Popen(command, env=kernel_env, stdout=open(log, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+        stack.callback(_end, process)
+        server = Server(f"http://127.0.0.1:{port}", token, root_dir, None, log)
+        _wait_until_up(server, process)
+        playwright = stack.enter_context(sync_playwright())
+        server.browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        stack.callback(server.browser.close)
+        try: yield server
+        finally:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError): server.end_sessions()
+
+
+def _end(process):
+    "End the server and whatever it started: they are one process group, made by `lab`."
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGTERM)
+    try: process.wait(10)
+    except subprocess.TimeoutExpired: pass
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait(5)
+
+
+@contextlib.contextmanager
+def notebook(server, name, width=1200, height=1000, dark=False):
+    "A page with notebook `name` (relative to the server's folder) open and its kernel ready."
+    context = server.browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    page = context.new_page()
+    nb = NotebookPage(server, name, page)
+    try:
+        nb.open(dark)
+        yield nb
+    finally:
+        context.close()
+
+
+class NotebookPage:
+    "One open notebook. `page` is the Playwright page; the methods wait for what they name."
+    def __init__(self, server, name, page):
+        self.server, self.name, self.page, self.errors = server, name, page, []
+        page.on("pageerror", lambda e: self.errors.append(str(e)))
+
+    def open(self, dark=False, kernel=True):
+        self.page.goto(f"{self.server.url}/lab/workspaces/w{time.time_ns()}/tree/{self.name}?token={self.server.token}&reset")
+        self._ready(kernel)
+        if dark: self.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        self.page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) window.jupyterapp.commands.execute('application:toggle-left-area'); }")
+
+    def reload(self, kernel=True):
+        self.page.reload()
+        self._ready(kernel)
+
+    def _ready(self, kernel):
+        self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0", timeout=40_000)
+        if kernel: self.page.wait_for_function("() => ['idle', 'busy'].includes(window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status)", timeout=40_000)
+
+    def run_all(self, wait=True, seconds=60):
+        "Run every cell; with `wait=False` return while it runs."
+        self.page.set_default_timeout(seconds * 1000)
+        start = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
+        self.page.evaluate(f"async () => {{ await {start}; }}" if wait else f"() => {{ {start}; }}")
+
+    def run_cell(self, index, wait=True):
+        "Run one cell; the first is 0."
+        start = f"(window.jupyterapp.shell.currentWidget.content.activeCellIndex = {index}, window.jupyterapp.commands.execute('notebook:run-cell'))"
+        self.page.evaluate(f"async () => {{ await {start}; }}" if wait else f"() => {{ {start}; }}")
+
+    def wait_idle(self, seconds=60):
+        "Wait until no cell runs or is queued."
+        self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle' && !document.querySelector('.jp-InputPrompt')?.closest('.jp-Notebook')?.textContent.includes('[*]:')", timeout=seconds * 1000)
+
+    def interrupt(self): self.page.evaluate("() => { window.jupyterapp.commands.execute('kernelmenu:interrupt'); }")
+
+    def save(self):
+        self.page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.save(); }")
+        return self.saved()
+
+    def saved(self): return json.loads((self.server.root/self.name).read_text())
+
+    def output(self, index=0):
+        "The output area of a code cell, as a Playwright locator."
+        return self.page.locator(".jp-CodeCell").nth(index).locator(".jp-OutputArea").first
+
+    def text(self, index=0): return self.output(index).inner_text()
+
+    def screenshot(self, path, index=None):
+        "A PNG of the page, or of one cell's output."
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if index is None: self.page.screenshot(path=str(path))
+        else: self.output(index).screenshot(path=str(path))
+        return Path(path)

@@ -1,0 +1,49 @@
+"""The notebooks as programs: run them, keep their outputs, make README.md from the index.
+
+python tests/notebooks.py --write [NAME ...]   run notebooks (all by default) and store their outputs
+python tests/notebooks.py --readme             README.md from nbs/index.ipynb
+"""
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = re.compile(r"^#\| *(hide|eval: *false)\b", re.M)
+
+
+def notebooks(): return sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def execute(path, folder=None, timeout=900):
+    "Run a notebook from top to bottom in an empty folder; returns it with its outputs. A cell that fails raises."
+    from nbclient import NotebookClient
+    book = nbformat.read(path, as_version=4)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as own:
+        NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute()
+    return book
+
+
+def readme(path=ROOT / "nbs" / "index.ipynb"):
+    "README text: the index notebook as Markdown, without hidden cells and directives."
+    from nbconvert import MarkdownExporter
+    book = nbformat.read(path, as_version=4)
+    book.cells = [c for c in book.cells if not re.search(r"^#\| *hide\b", c.source, re.M)]
+    for cell in book.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    text, _ = MarkdownExporter().from_notebook_node(book)
+    text = text.replace("](../docs/", "](docs/").replace("](tutorials/", "](nbs/tutorials/")
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    if "--readme" in sys.argv: (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    if "--write" in sys.argv:
+        names = [a for a in sys.argv[1:] if not a.startswith("--")]
+        for path in notebooks():
+            if names and path.stem not in names: continue
+            nbformat.write(execute(path), path)
+            print("ran", path.relative_to(ROOT))

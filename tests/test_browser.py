@@ -1,0 +1,133 @@
+"""The live view in a real JupyterLab: it draws, it listens while a cell runs, and what is saved can be read by anybody. Events come from a formula; nothing is trained."""
+import json, time
+import pytest
+import browser
+from browser import lab, notebook, untrusted_copy, write_notebook
+
+if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+
+TESTS = str(browser.ROOT/"tests")
+START = f"""
+import json, sys, threading, time
+sys.path.insert(0, {TESTS!r})
+from pathlib import Path
+from made_up_run import made_up_run
+from sftkit.widgets import live, watch
+asked = []
+def play(run, steps, pause):
+    run.mkdir(exist_ok=True)
+    with open(run/"events.jsonl", "w") as f:
+        for e in made_up_run(steps):
+            e["t"] = time.time()
+            f.write(json.dumps(e) + "\\n"); f.flush()
+            if e["kind"] == "step": time.sleep(pause)
+            if "stop" in asked:
+                f.write(json.dumps({{"t": time.time(), "kind": "state", "state": "stopped", "step": e.get("step", 0)}}) + "\\n")
+                return
+"""
+def blocking(run, steps, pause): return START + f"with live({run!r}, on_request=asked.append): play(Path({run!r}), {steps}, {pause})"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with lab(tmp_path_factory.mktemp("lab")) as server: yield server
+
+@pytest.fixture(autouse=True)
+def no_kernels_left(server):
+    yield
+    server.end_sessions()
+
+@pytest.fixture(scope="module")
+def finished(server):
+    "A notebook whose run has ended, saved."
+    write_notebook(server.root/"finished.ipynb", [blocking("finished", 60, 0.01)])
+    with notebook(server, "finished.ipynb") as nb:
+        nb.run_all()
+        nb.page.wait_for_selector("img[src^='data:image/svg+xml']")
+        nb.save()
+    return server.root/"finished.ipynb"
+
+def steps_shown(nb): return int(nb.page.locator(".sft-live").get_attribute("data-step") or 0)
+
+def ink(nb): # how many pixels of the chart are the training curve's blue
+    return nb.page.evaluate("""() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }""")
+
+
+def test_the_view_moves_and_stop_arrives_while_the_cell_runs(server):
+    write_notebook(server.root/"stop.ipynb", [blocking("stop", 600, 0.02), "print(asked)"])
+    with notebook(server, "stop.ipynb") as nb:
+        nb.run_all(wait=False)
+        nb.page.wait_for_function("() => +document.querySelector('.sft-live')?.dataset.step > 40", timeout=15_000)
+        first, drawn = steps_shown(nb), ink(nb)
+        nb.page.wait_for_timeout(700)
+        assert steps_shown(nb) > first and drawn > 50
+        assert not nb.page.locator(".sft-static").is_visible() # the static twin waits behind the view
+        nb.page.locator(".sft-chart canvas").hover(position={"x": 150, "y": 100})
+        nb.page.wait_for_function("() => /step \\d+ · loss [\\d.]+ · smoothed/.test(document.querySelector('.sft-read').textContent)")
+        clicked = time.monotonic()
+        nb.page.locator("button[data-command=stop]").click()
+        nb.page.wait_for_selector("img[src^='data:image/svg+xml']", timeout=5_000)
+        assert time.monotonic() - clicked < 3, "the click was held back until the cell ended (ipykernel 7.4 routes it to the busy shell)"
+        nb.wait_idle()
+        assert "['stop']" in nb.text(1) and "stopped" in nb.text(0) and nb.page.locator(".sft-live").count() == 0 and nb.errors == []
+        saved = nb.save()
+    outputs = saved["cells"][0]["outputs"]
+    assert "widget-view" not in json.dumps(outputs) and sum(bool(o["data"]["text/html"]) for o in outputs) == 1 and len(json.dumps(saved)) < 60_000
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_saved_notebook_shows_the_run_without_its_kernel(server, finished, trusted):
+    name = "finished.ipynb" if trusted else untrusted_copy(finished, server.root/"downloaded.ipynb").name
+    server.end_sessions()
+    with notebook(server, name) as nb:
+        assert nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets[0].model.trusted") is trusted
+        picture = nb.page.locator("img[src^='data:image/svg+xml']").first
+        picture.wait_for()
+        assert picture.evaluate("e => e.complete && e.naturalWidth > 300 && e.getBoundingClientRect().width > 300")
+        text = nb.text(0)
+        assert "✓ finished" in text and "trained tokens" in text and "Error displaying widget" not in text
+        assert nb.page.locator("td", has_text="trained tokens").evaluate("e => getComputedStyle(e).textAlign") == "left" # inline styles survive
+
+def test_a_watched_run_comes_back_after_a_page_reload(server):
+    write_notebook(server.root/"watch.ipynb", [START + "w = watch('watched', on_request=asked.append); threading.Thread(target=play, args=(Path('watched'), 500, 0.02)).start()"])
+    with notebook(server, "watch.ipynb") as nb:
+        nb.run_all()
+        nb.page.wait_for_function("() => +document.querySelector('.sft-live')?.dataset.step > 30", timeout=15_000)
+        nb.save(); nb.reload()
+        nb.page.wait_for_function("() => +document.querySelector('.sft-live')?.dataset.step > 60", timeout=15_000)
+        points = int(nb.page.locator(".sft-live").get_attribute("data-points"))
+        assert points >= steps_shown(nb) - 40 and points > 60 # the history too, not only what came since
+        nb.page.locator("button[data-command=stop]").click()
+        nb.page.wait_for_function("() => document.querySelector('.sft-badge')?.textContent === '■ stopped'", timeout=5_000)
+        assert nb.page.locator(".sft-buttons button").count() == 0
+        assert nb.errors == []
+
+def test_live_js_by_itself(server):
+    "Duplicates, a resume and hostile text, in a bare page with a model made here."
+    page = server.browser.new_page()
+    try:
+        page.set_content("<body><div id=el style='width:700px'></div></body>")
+        result = page.evaluate("""async ([source]) => {
+            const module = await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"}))), heard = {}, sent = [];
+            const facts = (step, extra) => ({state: "training", step, total_steps: 100, badge: "▶ training", headline: [["step", "<b>x</b>"]], memory_words: "", gauge: null, ...extra});
+            const state = {title: "<img src=x onerror='window.hit=1'>", run_id: "abc", commands: ["stop", "checkpoint"],
+                           history: {seq: 3, points: [[1, 3, null, null, null], [2, 2.5, null, null, null], [3, 2, null, null, null]], evals: [], marks: [], samples: [], facts: facts(3)}};
+            const model = {get: (k) => state[k], on: (name, f) => heard[name] = f, send: (m) => sent.push(m)};
+            const widget = module.default(), el = document.getElementById("el"), frame = () => new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)));
+            widget.initialize({model}); const close = widget.render({model, el}); await frame();
+            const say = heard["msg:custom"], root = el.querySelector(".sft-live"), seen = () => +root.dataset.points, out = {};
+            out.loaded = seen();
+            say({seq: 3, points: [[3, 9, null, null, null]], evals: [], facts: facts(3)}); await frame(); out.duplicate = seen();
+            for (let i = 4; i < 104; i++) say({seq: i, points: [[i, 1 + 1 / i, 1e-5, 1, 10]], evals: [], facts: facts(i)});
+            const before = +root.dataset.draws; await frame(); out.burst = [seen(), +root.dataset.draws - before];
+            say({seq: 104, points: [[50, null, null, null, null]], evals: [[50, 1.5]], marks: [{step: 50, kind: "<b>", label: "<b>"}], facts: facts(50), samples: [{prompt: "<script>window.hit=1</script>", base: "a", tuned: "b"}]});
+            await frame(); out.resumed = seen();
+            el.querySelector("[data-command=stop]").click(); await frame(); out.sent = sent; out.button = el.querySelector("[data-command=stop]").textContent;
+            say({name: "stop", refused: "Nothing is training."}); await frame(); out.refused = el.querySelector(".sft-notice").textContent; out.again = el.querySelector("[data-command=stop]").disabled;
+            say({seq: 105, points: [], evals: [], facts: facts(50, {state: "failed", error: "<i>boom</i>"})}); await frame(); out.buttons = el.querySelectorAll("button").length;
+            out.tags = [...el.querySelectorAll("script,img,b b,i i")].length; out.hit = window.hit; out.text = root.textContent;
+            close(); return out; }""", [(browser.ROOT/"sftkit"/"live.js").read_text()])
+    finally: page.close()
+    assert (result["loaded"], result["duplicate"], result["resumed"]) == (3, 3, 50) and result["burst"][0] == 103 and result["burst"][1] <= 2
+    assert result["sent"] == [{"type": "request", "name": "stop"}] and result["button"] == "stopping …" and result["refused"] == "Nothing is training." and result["again"] is False
+    assert result["buttons"] == 0 and result["tags"] == 0 and result.get("hit") is None and "<script>" in result["text"]

@@ -1,0 +1,578 @@
+"""data: every source gives the same rows, every row the same tokens, and labels stand exactly where something is learned."""
+import gzip, json, random, sys
+from pathlib import Path
+import numpy as np
+import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_tokenizer, write_jsonl
+from sftkit.chat import ChatTemplate, render, render_prompt, templates
+from sftkit.data import (Encoder, Row, Shape, aligned_tokens, available_splits, collate, detect_shape, encode_rows, map_rows, plain, read_rows, rows_hash, sample_data,
+                         split_rows, text_blocks, write_rows, _anchor_ids)
+from sftkit.recipe import DataError, SftkitError
+
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TALK = [{"role": "system", "content": "be like the user"}, {"role": "user", "content": "turn on the light"}, {"role": "assistant", "content": "the light is on"},
+        {"role": "user", "content": "what is\n\npython?"}, {"role": "assistant", "content": "\n\na language 👍🏽 for programming  "}]
+
+
+def metaspace_tokenizer(scheme="first", kind="unigram", bos="<s>", eos="</s>", add_bos=True, add_eos=False, legacy=False):
+    "A SentencePiece-like fast tokenizer: Llama-2 and Mistral prepend `▁` to a text (or to every piece)."
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<unk>", "<s>", "</s>", *MARKERS]
+    words = "the light is on what be like turn a language for programming python user be INST ASSISTANT USER Response Instruction question answer " * 3
+    byte = [f"<0x{i:02X}>" for i in range(256)]
+    if kind == "unigram":
+        raw = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False,
+                                          initial_alphabet=list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ?!.,:;#[]/<>|\n▁"))
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+        raw.train_from_iterator([words], trainer)
+    else:
+        alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ?!.,:;#[]/<>|▁")
+        vocab = {t: i for i, t in enumerate(dict.fromkeys(special + byte + alphabet + ["▁▁", "▁t", "▁th", "▁the", "▁a", "\n\n", "▁i", "▁is", "▁o", "▁on"]))}
+        merges = [("▁", "▁"), ("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("▁", "i"), ("▁i", "s"), ("▁", "o"), ("▁o", "n")]
+        raw = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        if legacy: raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else: raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    raw.add_special_tokens(special)
+    if add_bos or add_eos:
+        pieces = ["<s>"] * add_bos + ["$A"] + ["</s>"] * add_eos
+        raw.post_processor = processors.TemplateProcessing(single=" ".join(pieces), special_tokens=[("<s>", raw.token_to_id("<s>")), ("</s>", raw.token_to_id("</s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos, unk_token="<unk>", pad_token=eos)
+
+
+TOKENIZERS = {
+    "bytes": lambda: tiny_tokenizer(extra=MARKERS),
+    "bytes, no markers": lambda: tiny_tokenizer(),
+    "gpt2": lambda: tiny_tokenizer(bos="<|endoftext|>", eos="<|endoftext|>", pad="<|endoftext|>", extra=MARKERS),
+    "unigram first": lambda: metaspace_tokenizer("first"),
+    "unigram always": lambda: metaspace_tokenizer("always"),
+    "bpe first": lambda: metaspace_tokenizer("first", "bpe"),
+    "bpe always": lambda: metaspace_tokenizer("always", "bpe"),
+    "bpe legacy": lambda: metaspace_tokenizer("always", "bpe", legacy=True),
+}
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request): return TOKENIZERS[request.param]()
+
+def trained_text(tok, example, key="labels"): return tok.decode([i for i in example[key] if i >= 0], clean_up_tokenization_spaces=False)
+def one_row(value, **kw): return detect_shape([Row(value, "row 1")], **kw)
+def encoder_for(tok, value, template=None, **kw): return Encoder(tok, one_row(value), template and templates()[template], **kw)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+ROWS = [{"id": "007", "messages": TALK, "note": "NA"}, {"id": "8", "messages": TALK[1:3]},
+        {"id": "9", "messages": [{"role": "user", "content": "1,5\n\"quoted\""}, {"role": "assistant", "content": "null"}]}]
+PAIRS = [{"prompt": "what is 007?", "completion": "a, \"user\"\nNA"}, {"prompt": "été ☃\u2028", "completion": "1.0"}]
+
+def containers(tmp_path, rows):
+    import datasets, pandas as pd
+    flat = [{k: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for k, v in r.items()} for r in rows]
+    frame = pd.DataFrame(rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    pd.DataFrame(flat).to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "repr.csv", index=False)
+    pd.DataFrame(flat).to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    (tmp_path / "utf16.csv").write_bytes((tmp_path / "a.csv").read_bytes().decode().encode("utf-16"))
+    (tmp_path / "folder").mkdir(); write_jsonl(tmp_path / "folder" / "train.jsonl", rows); write_jsonl(tmp_path / "folder" / "test.jsonl", rows[:1])
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(str(tmp_path / "disk"))
+    files = [tmp_path / n for n in ("a.jsonl", "a.json", "a.csv", "repr.csv", "a.tsv", "a.parquet", "b.parquet", "a.jsonl.gz", "bom.jsonl", "utf16.csv", "folder", "disk")]
+    return [*files, str(files[0]), frame, rows, tuple(rows), dataset, datasets.DatasetDict(train=dataset, test=dataset.select([0])), {"train": rows, "test": rows[:1]}]
+
+@pytest.mark.parametrize("rows", [ROWS, PAIRS], ids=["messages", "pairs"])
+def test_acceptance_05_every_source_gives_the_same_rows_and_tokens(tmp_path, rows):
+    found = [read_rows(source) for source in containers(tmp_path, rows)]
+    for got in found: assert [r.value for r in got] == rows
+    assert len({rows_hash(got) for got in found}) == 1
+    tok = tiny_tokenizer(extra=MARKERS)
+    encoder = Encoder(tok, detect_shape(found[0]), templates()["chatml"] if rows is ROWS else None)
+    tokens = [[e["input_ids"].tolist() for e in encode_rows(got, encoder).examples] for got in found]
+    assert all(t == tokens[0] for t in tokens)
+
+def test_acceptance_09_folder_and_file_give_identical_examples(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", ROWS)
+    tok = tiny_tokenizer(extra=MARKERS)
+    a, b = (encode_rows(read_rows(s), Encoder(tok, detect_shape(read_rows(s)), templates()["chatml"])) for s in (path, tmp_path / "data"))
+    for x, y in zip(a.examples, b.examples, strict=True): assert x["input_ids"].tolist() == y["input_ids"].tolist() and x["labels"].tolist() == y["labels"].tolist()
+
+def test_nulls_that_arrow_adds_change_nothing():
+    import datasets
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1.0}], "note": "c"}, {"messages": TALK[1:3]}]
+    got = read_rows(datasets.Dataset.from_list(rows))
+    assert [r.value for r in got] == rows
+
+def test_numbers_and_missing_cells(tmp_path):
+    import pandas as pd
+    (tmp_path / "a.csv").write_text("id,text,when,gap\n007,nan,1e5,\n12345678901234567890,NA,TRUE,x\n")
+    assert [r.value for r in read_rows(tmp_path / "a.csv")] == [{"id": "007", "text": "nan", "when": "1e5"}, {"id": "12345678901234567890", "text": "NA", "when": "TRUE", "gap": "x"}]
+    frame = pd.DataFrame({"a": [1, 2], "b": [None, "x"], "c": [float("nan"), 1.5], "d": pd.array([None, 3], dtype="Int64"), "e": [pd.NaT, pd.Timestamp("2020-01-02")]})
+    assert [r.value for r in read_rows(frame)] == [{"a": 1}, {"a": 2, "b": "x", "c": 1.5, "d": 3, "e": "2020-01-02T00:00:00"}]
+    assert type(plain(np.int64(3))) is int and plain(np.array([[1, 2]])) == [[1, 2]]
+
+def test_csv_with_a_huge_cell_and_line_breaks(tmp_path):
+    text = "a\nb," * 60000
+    import csv
+    limit = csv.field_size_limit()
+    with open(tmp_path / "a.csv", "w", newline="") as f: csv.writer(f).writerows([["text"], [text], ["last"]])
+    assert [r.value["text"] for r in read_rows(tmp_path / "a.csv")] == [text, "last"] and csv.field_size_limit() == limit
+
+def test_json_in_its_other_forms(tmp_path):
+    rows = [{"text": "a"}, {"text": "b"}]
+    forms = {"lines": "\n".join(map(json.dumps, rows)), "wrapped": json.dumps({"data": rows}), "columns": json.dumps({"text": ["a", "b"]}),
+             "pandas": json.dumps({"text": {"0": "a", "1": "b"}})}
+    for name, text in forms.items():
+        (tmp_path / f"{name}.json").write_text(text)
+        assert [r.value for r in read_rows(tmp_path / f"{name}.json")] == rows, name
+    (tmp_path / "one.json").write_text(json.dumps({"messages": TALK}))
+    assert read_rows(tmp_path / "one.json")[0].value == {"messages": TALK}
+
+def test_line_separators_inside_json_strings(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert read_rows(tmp_path / "a.jsonl")[0] == Row({"text": "a\u2028b\u0085c"}, "a.jsonl line 1")
+
+def test_splits_of_a_folder(tmp_path):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.csv", "test/part.jsonl", ".hidden.jsonl", "README.md"):
+        path = tmp_path / name; path.parent.mkdir(exist_ok=True)
+        path.write_text("text\nx\n" if name.endswith("csv") else json.dumps({"text": name}) + "\n")
+    assert available_splits(tmp_path) == ["train", "test", "validation"]
+    assert [r.value["text"] for r in read_rows(tmp_path)] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert read_rows(tmp_path, "valid") == read_rows(tmp_path, "validation") and read_rows(tmp_path, "test")[0].value == {"text": "test/part.jsonl"}
+    with pytest.raises(DataError, match="no split `holdout`. Splits: train, test, validation"): read_rows(tmp_path, "holdout")
+
+def test_folder_of_files_without_split_names(tmp_path):
+    write_jsonl(tmp_path / "chat.jsonl", [{"text": "a"}])
+    assert available_splits(tmp_path) == ["train"]
+    write_jsonl(tmp_path / "testing.jsonl", [{"text": "b"}])
+    assert [r.value["text"] for r in read_rows(tmp_path)] == ["a"] and available_splits(tmp_path) == ["train", "test"]
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "c"}])
+    assert [r.value["text"] for r in read_rows(tmp_path)] == ["c"] and read_rows(tmp_path, "chat")[0].value == {"text": "a"}
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", '{"text": "a"}\n\n{"text": \n{"text": "c"}\n', ["a.jsonl line 3", "not valid JSON", "column"]),
+    ("a.jsonl", '{"text": "a"}\n["b"]\n', ["a.jsonl line 2", "list", "object"]),
+    ("a.json", '[{"text": "a"},\n {"text" "b"}]', ["a.json", "line 2"]),
+    ("a.json", '"text"', ["a.json", "list of objects"]),
+    ("a.csv", "text\nfine\nnot, fine\n", ["a.csv row 2", "line 3", "2 cells", "quotes"]),
+    ("a.csv", "text,text\na,b\n", ["a.csv", "twice"]),
+    ("a.csv", "text\n", ["a.csv", "no rows"]),
+    ("a.csv", b"text\ncaf\xe9\n", ["a.csv line 2", "UTF-8", "0xe9"]),
+    ("a.csv", "messages\n\"[{'role': broken\"\n", ["a.csv row 1", "messages", "json.dumps"]),
+    ("a.jsonl", "", ["empty"]), ("a.jsonl", "\ufeff\n", ["empty"]), ("a.json", "[]", ["no rows"]),
+    ("a.parquet", b"no parquet", ["a.parquet", "Parquet"]), ("a.docx", "x", [".jsonl", "a.docx"]), ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz"]),
+    ("a.jsonl", '{"text": "half \\ud83d"}\n', ["a.jsonl line 1", "surrogate"]), ("a.jsonl", "[" * 100000 + "\n", ["a.jsonl line 1"]),
+])
+def test_unreadable_files_say_where_and_what(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught: read_rows(tmp_path / name)
+    for word in words: assert word in str(caught.value), str(caught.value)
+
+def test_missing_sources_name_the_nearest(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"Did you mean `.*train\.jsonl`"): read_rows(tmp_path / "tran.jsonl")
+    with pytest.raises(DataError, match="no data at"): read_rows(tmp_path / "no" / "such" / "x.csv")
+    with pytest.raises(DataError, match="int"): read_rows(42)
+    for empty in ([], {}): 
+        with pytest.raises(DataError): read_rows(empty)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no data file"): read_rows(tmp_path / "empty")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="nobody/nothing.*Hub"): read_rows("nobody/nothing")
+    with pytest.raises(DataError, match="no data at"): read_rows("nofolder/file.jsonl")
+
+def test_hub_id_goes_through_load_dataset(monkeypatch):
+    import datasets
+    seen = []
+    def load(*args, **kw): seen.append((args, kw)); return datasets.DatasetDict(train=datasets.Dataset.from_list(PAIRS), validation=datasets.Dataset.from_list(PAIRS[:1]))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [r.value for r in read_rows("org/name")] == PAIRS and len(read_rows("org/name:main", "valid")) == 1
+    assert seen == [(("org/name",), {}), (("org/name", "main"), {})] # trust_remote_code is never passed
+
+def test_write_rows_round_trip(tmp_path):
+    rows = read_rows([{"tools": [{"z": 1, "a": 2}], "text": "é\u2028\n"}])
+    again = read_rows(write_rows(rows, tmp_path / "x.jsonl"))
+    assert again[0].value == rows[0].value and list(again[0].value["tools"][0]) == ["z", "a"] and rows_hash(again) == rows_hash(rows)
+    assert rows_hash(rows) != rows_hash(read_rows([{"text": "other"}]))
+
+def test_map_rows():
+    rows = read_rows([{"messages": TALK}, {"n": 1}, {"n": 2}])
+    def fn(row):
+        if "n" not in row: row["messages"][0]["content"] = "changed"; return row
+        return [row, row] if row["n"] == 2 else None
+    assert [r.where for r in map_rows(rows, fn)] == ["row 1", "row 3", "row 3"] and rows[0].value["messages"][0]["content"] == TALK[0]["content"]
+    with pytest.raises(DataError, match="`fn` failed on row 2: KeyError.*columns: n") as caught:
+        def fn(row): return {"text": row["messages"]}
+        map_rows(rows, fn)
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(DataError, match="returned a str for row 1"): map_rows(rows, str)
+
+
+# ---- shape ----------------------------------------------------------------------------------------------------------
+
+SHARE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+@pytest.mark.parametrize("row, kind, columns", [
+    ({"text": "a"}, "text", ("text",)), ({"messages": TALK}, "messages", ("messages",)), ({"conversations": SHARE, "system": "s"}, "messages", ("conversations", "system")),
+    ({"prompt": "a", "completion": "b"}, "pair", ("prompt", "completion")), ({"prompt": TALK[:2], "completion": TALK[2:3]}, "messages", ("prompt", "completion")),
+    ({"instruction": "a", "input": "", "output": "b"}, "messages", ("instruction", "output", "input")), ({"instruction": "a", "output": "b"}, "messages", ("instruction", "output")),
+    ({"question": "a", "answer": 4, "input": "x"}, "messages", ("question", "answer")), ({"messages": TALK, "tools": []}, "messages", ("messages", "tools")),
+    ({"text": TALK}, "messages", ("text",)), ({"text": 5}, "text", ("text",)),
+])
+def test_acceptance_05_layouts_are_recognised(row, kind, columns):
+    shape = one_row(row)
+    assert (shape.kind, shape.columns, shape.chat) == (kind, columns, kind == "messages")
+
+def test_a_named_column_wins_and_the_others_are_noted():
+    row = {"text": "a", "messages": TALK, "prompt": "p", "completion": "c", "body": "b"}
+    shape = one_row(row)
+    assert shape.columns == ("text",) and 'text_column="messages"' in shape.notes[0] and "`prompt` + `completion`" in shape.notes[1]
+    assert one_row(row, text_column="messages").kind == "messages" and one_row(row, text_column="body").columns == ("body",)
+
+def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
+    with pytest.raises(DataError, match=r"no column `contents`. Columns: content, id.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
+    with pytest.raises(DataError, match="no column `text`. Columns: .*body"): one_row({"body": "a", "n": 1})
+
+def test_mixed_types_name_the_row(tmp_path):
+    rows = [{"text": "a"}] * 6 + [{"text": 7}] + [{"text": "b"}]
+    with pytest.raises(DataError, match=r"a.jsonl line 7: column `text` holds a number \(7\) where other rows hold text"): detect_shape(read_rows(write_jsonl(tmp_path / "a.jsonl", rows)))
+    with pytest.raises(DataError, match="row 2.*`messages` holds text"): detect_shape(read_rows([{"messages": TALK}, {"messages": "hello"}, {"messages": TALK}]))
+    with pytest.raises(DataError, match="row 1.*`text` holds an object"): one_row({"text": {"a": 1}})
+    with pytest.raises(DataError, match='text_column="messages"'): one_row({"messages": "User: hi"})
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+def expected(rendered): return "".join(rendered.text[s.start:s.end] for s in rendered.spans if s.trained)
+
+@pytest.mark.parametrize("name", templates())
+def test_acceptance_11_the_prompt_is_a_prefix_of_the_training_tokens(tokenizer, name):
+    template = templates()[name]
+    encoder = Encoder(tokenizer, Shape("messages", ("messages",)), template)
+    whole = encoder({"messages": TALK})["input_ids"]
+    for end in (2, 4):
+        prompt = encoder.prompt(TALK[:end])
+        assert whole[:len(prompt)] == prompt
+        alone = tokenizer(render_prompt(TALK[:end], template, tokenizer), add_special_tokens=False).input_ids
+        if end == 2: assert prompt == alone
+        assert tokenizer.decode(prompt) == tokenizer.decode(alone)
+    assert encoder.prompt({"messages": TALK}) == encoder.prompt(TALK) == encoder.prompt(TALK[:4]) and encoder.reference({"messages": TALK}) == TALK[4]["content"]
+
+@pytest.mark.parametrize("name", templates())
+def test_acceptance_12_trained_tokens_are_the_replies_and_their_ends(tokenizer, name):
+    template = templates()[name]
+    out = Encoder(tokenizer, Shape("messages", ("messages",)), template)({"messages": TALK})
+    done = render(TALK, template, tokenizer)
+    assert out["text"] == done.text and len(out["input_ids"]) == len(out["labels"]) == len(out["roles"]) == len(out["offsets"])
+    assert tokenizer.decode(out["input_ids"], clean_up_tokenization_spaces=False) == tokenizer.decode(tokenizer(done.text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False)
+    runs, spans = [], [done.text[s.start:s.end] for s in done.spans if s.trained]
+    for i, label in enumerate(out["labels"]):
+        assert label in (-100, out["input_ids"][i])
+        if label >= 0 and (i == 0 or out["labels"][i - 1] < 0): runs.append([])
+        if label >= 0: runs[-1].append(label)
+    decoded = [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+    unknown = tokenizer.decode(tokenizer("👍🏽", add_special_tokens=False).input_ids).strip()
+    squeeze = lambda text: text.replace("👍🏽", unknown).replace(" ", "") if "▁" in "".join(tokenizer.get_vocab()) else text # SentencePiece decodes without the space in front of a piece
+    assert [squeeze(d) for d in decoded] == [squeeze(s) for s in spans]
+
+def test_acceptance_12_survives_truncation():
+    tok = tiny_tokenizer(extra=MARKERS)
+    full = encoder_for(tok, {"messages": TALK}, "chatml")({"messages": TALK})
+    for n in (1, 7, 30, len(full["input_ids"])):
+        cut = encoder_for(tok, {"messages": TALK}, "chatml", max_seq_length=n)({"messages": TALK})
+        assert cut["input_ids"] + cut["cut_ids"] == full["input_ids"] and cut["labels"] + cut["cut_labels"] == full["labels"]
+        assert len(cut["input_ids"]) == n == len(cut["roles"]) and cut["offsets"] == full["offsets"] and cut["text"] == full["text"]
+
+def test_offsets_cover_the_text_without_gaps():
+    tok = tiny_tokenizer(extra=MARKERS)
+    out = encoder_for(tok, {"messages": TALK}, "chatml")({"messages": TALK})
+    covered = set()
+    for a, b in out["offsets"]: covered |= set(range(a, b))
+    assert covered == set(range(len(out["text"])))
+    emoji = out["text"].index("👍")
+    assert sum(a <= emoji < b for a, b in out["offsets"]) > 1 and all(l >= 0 for (a, b), l in zip(out["offsets"], out["labels"]) if a <= emoji < b)
+
+def test_roles_name_every_token():
+    tok = tiny_tokenizer(extra=MARKERS)
+    out = encoder_for(tok, {"messages": TALK}, "chatml")({"messages": TALK})
+    words = {role: tok.decode([i for i, r in zip(out["input_ids"], out["roles"]) if r == role]) for role in set(out["roles"])}
+    assert words["system"] == TALK[0]["content"] and words["user"] == TALK[1]["content"] + TALK[3]["content"]
+    assert words["assistant"] == trained_text(tok, out) == TALK[2]["content"] + "<|im_end|>" + TALK[4]["content"] + "<|im_end|>"
+
+def test_a_token_that_straddles_the_boundary_is_cut():
+    "Byte-level BPE merges line breaks; tokenised whole, the first token of the answer would begin in the prompt."
+    tok = tiny_tokenizer(extra=MARKERS)
+    tok.backend_tokenizer.add_tokens(["\n\n\n"])
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nyes"}]}
+    encoder = encoder_for(tok, row, "chatml")
+    out = encoder(row)
+    assert out["input_ids"] != tok(out["text"], add_special_tokens=False).input_ids and tok.decode(out["input_ids"]) == out["text"]
+    assert out["input_ids"][:len(encoder.prompt(row))] == encoder.prompt(row) == tok(out["text"][:out["text"].index("\n\nyes")], add_special_tokens=False).input_ids
+    assert trained_text(tok, out) == "\n\nyes<|im_end|>"
+    lists = {"prompt": row["messages"] + row["messages"][:1], "completion": row["messages"][1:]}
+    last = encoder_for(tok, lists, "chatml", train_on="completion")
+    both = encoder_for(tok, lists, "chatml")
+    assert last(lists)["input_ids"] == both(lists)["input_ids"] and trained_text(tok, last(lists)) == "\n\nyes<|im_end|>"
+    assert last(lists)["input_ids"][:len(last.prompt(lists))] == last.prompt(lists) == both.prompt(lists)
+
+def test_gpt2_whitespace_rule_at_the_boundary():
+    "GPT-2's pattern takes a run of spaces apart only when a word follows, so a header's tokens depend on what comes after it."
+    from tokenizers import Tokenizer
+    tok = tiny_tokenizer(extra=MARKERS)
+    double = "question" + "\n\n"
+    ids, places, cuts = aligned_tokens(tok, _anchor_ids(tok), [double + "  answer"], [[len(double)]])[0]
+    assert ids[:cuts[0]] == tok(double).input_ids and tok.decode(ids) == double + "  answer"
+
+@pytest.mark.parametrize("scheme, legacy", [("first", False), ("always", False), ("always", True)])
+def test_sentencepiece_continuation_has_no_invented_space(scheme, legacy):
+    tok = metaspace_tokenizer(scheme, "bpe", legacy=legacy)
+    text = "the  on"
+    ids, places, (cut,) = aligned_tokens(tok, _anchor_ids(tok), [text], [[4]])[0] # the boundary runs through the token ▁▁
+    assert cut is None or (ids[:cut] == tok(text[:4], add_special_tokens=False).input_ids and tok.decode(ids) == text)
+
+def test_prefix_property_on_random_conversations(tokenizer):
+    words = ["\n", "\n\n", " ", "  ", "the", " light", "é", "👍🏽", "?", "</s>", "<|im_end|>", "\t", "a", "ASSISTANT:", "###", "「"]
+    rng = random.Random(0)
+    for name in templates():
+        encoder = Encoder(tokenizer, Shape("messages", ("messages",)), templates()[name])
+        for _ in range(12):
+            say = lambda: "x" + "".join(rng.choices(words, k=rng.randint(0, 6)))
+            messages = [{"role": r, "content": ("" if r == "user" else rng.choice(["", "\n", " "])) + say()} for r in ("user", "assistant") * rng.randint(1, 3)]
+            out = encoder({"messages": messages})
+            assert len(out["offsets"]) == len(out["input_ids"]) == len(out["labels"]) == len(out["roles"])
+            for end in range(1, len(messages), 2):
+                prompt = encoder.prompt(messages[:end])
+                assert out["input_ids"][:len(prompt)] == prompt, (name, messages)
+
+def test_acceptance_12_rstrip_markers_keep_the_end_of_turn():
+    "Phi-3's markers swallow the line break after them; the end of turn must be trained all the same."
+    from tokenizers import AddedToken
+    tok = tiny_tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": [AddedToken(t, rstrip=True, normalized=False, special=True) for t in ("<|user|>", "<|assistant|>", "<|end|>")]})
+    jinja = "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    encoder = Encoder(tok, Shape("messages", ("messages",)), ChatTemplate("phi", jinja, ()))
+    out = encoder({"messages": TALK[1:3]})
+    assert trained_text(tok, out) == "the light is on<|end|>" and out["input_ids"][:len(encoder.prompt(TALK[1:2]))] == encoder.prompt(TALK[1:2])
+
+@pytest.mark.parametrize("own_bos, own_eos", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("text", ["the light", "the light</s>", "<s>the light"])
+def test_acceptance_13_one_bos_and_one_trained_eos(own_bos, own_eos, text):
+    tok = metaspace_tokenizer("first", "bpe", add_bos=own_bos, add_eos=own_eos)
+    bos, eos = tok.bos_token_id, tok.eos_token_id
+    out = Encoder(tok, Shape("text", ("text",)))({"text": text})
+    ids = out["input_ids"]
+    assert ids.count(bos) == int(own_bos or "<s>" in text) and ids.count(eos) == 1 and ids[-1] == eos == out["labels"][-1]
+    assert out["labels"][0] == -100 and out["labels"][1:] == ids[1:]
+    none = Encoder(tok, Shape("text", ("text",)), add_eos_token=False)({"text": text})["input_ids"]
+    assert none.count(eos) == int("</s>" in text)
+
+def test_acceptance_13_pad_equal_to_eos_changes_nothing():
+    a, b = tiny_tokenizer(extra=MARKERS), tiny_tokenizer(extra=MARKERS)
+    b.pad_token = b.eos_token
+    for row, template in (({"messages": TALK}, "zephyr"), ({"text": "hello world"}, None), ({"prompt": "a", "completion": "b"}, None)):
+        assert encoder_for(a, row, template)(row) == encoder_for(b, row, template)(row)
+    out = encoder_for(b, {"messages": TALK}, "zephyr")({"messages": TALK})
+    assert sum(l == b.eos_token_id for l in out["labels"]) == 2 # one for each reply, none for the other turns
+    one, two = encode_rows(read_rows([{"text": "hello world"}, {"text": "hello"}]), encoder_for(b, {"text": "a"})).examples
+    batch = collate([one, two], b.pad_token_id)
+    assert batch["labels"][1, two["length"] - 1] == b.eos_token_id and batch["labels"][1, -1] == -100 and batch["attention_mask"][1].sum() == two["length"]
+
+def test_tokenizer_without_eos():
+    tok = tiny_tokenizer(eos=None, pad=None)
+    assert encoder_for(tok, {"text": "a"})({"text": "hello"})["input_ids"] == tok("hello").input_ids
+
+def test_pair():
+    tok = tiny_tokenizer()
+    row = {"prompt": "hello ", "completion": " world"}
+    encoder = encoder_for(tok, row)
+    out = encoder(row)
+    assert out["text"] == "hello  world" and trained_text(tok, out) == " world</s>" and encoder.reference(row) == " world"
+    assert out["input_ids"][:len(encoder.prompt(row))] == encoder.prompt(row) == tok("hello ").input_ids == encoder.prompt("hello ")
+    assert set(out["roles"]) == {"prompt", "completion", "eos"} and out["roles"][-1] == "eos" and out["offsets"][-1] == (12, 12)
+    everything = encoder_for(tok, row, train_on="all")(row)
+    assert everything["labels"][1:] == everything["input_ids"][1:] and everything["labels"][0] == -100
+    assert trained_text(tok, encoder_for(tok, row, add_eos_token=False)(row)) == " world"
+    as_chat = Encoder(tiny_tokenizer(extra=MARKERS), one_row(row), templates()["chatml"])(row)
+    assert as_chat["text"] == "<|im_start|>user\nhello <|im_end|>\n<|im_start|>assistant\n world<|im_end|>\n"
+
+def test_pair_with_own_bos():
+    tok = metaspace_tokenizer("first", "bpe")
+    row = {"prompt": "the light", "completion": " is on"}
+    out = encoder_for(tok, row)(row)
+    assert out["input_ids"] == tok("the light is on").input_ids + [tok.eos_token_id] and out["roles"][0] == "template" and out["offsets"][0] == (0, 0)
+    assert encoder_for(tok, row).prompt(row) == tok("the light").input_ids
+
+def test_layouts_become_conversations():
+    tok = tiny_tokenizer(extra=MARKERS)
+    qa = {"question": "what?", "answer": 4, "system": "be a machine"}
+    assert encoder_for(tok, qa, "chatml")(qa)["text"] == "<|im_start|>system\nbe a machine<|im_end|>\n<|im_start|>user\nwhat?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    alpaca = {"instruction": "Add", "input": "1 2", "output": "3"}
+    text = encoder_for(tok, alpaca, "alpaca")(alpaca)["text"]
+    assert "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n3</s>" in text and "paired with an input" in text
+    assert "<|im_start|>user\nAdd\n\n1 2<|im_end|>" in encoder_for(tok, alpaca, "chatml")(alpaca)["text"]
+    share = {"conversations": SHARE}
+    assert encoder_for(tok, share, "chatml")(share)["text"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+    lists = {"prompt": TALK[:4], "completion": TALK[4:]}
+    assert encoder_for(tok, lists, "chatml")(lists)["input_ids"] == encoder_for(tok, {"messages": TALK}, "chatml")({"messages": TALK})["input_ids"]
+    last = encoder_for(tok, lists, "chatml", train_on="completion")(lists)
+    assert trained_text(tok, last) == TALK[4]["content"] + "<|im_end|>"
+
+def test_tools_reach_the_template():
+    jinja = "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    tool = {"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}
+    tok = tiny_tokenizer(extra=MARKERS)
+    texts = []
+    for tools in ([tool], json.dumps([tool])):
+        row = {"messages": TALK[1:3], "tools": tools}
+        encoder = Encoder(tok, one_row(read_rows([row])[0].value), ChatTemplate("own", jinja, ()))
+        out = encoder(row); texts.append(out["text"])
+        assert out["input_ids"][:len(encoder.prompt(row))] == encoder.prompt(row) and '"name": "light"' in out["text"]
+    assert texts[0] == texts[1]
+
+@pytest.mark.parametrize("row, train_on", [({"text": "a"}, "assistant"), ({"text": "a"}, "completion"), ({"prompt": "a", "completion": "b"}, "assistant"), ({"messages": TALK}, "completion"),
+                                           ({"messages": TALK}, "al")])
+def test_train_on_that_does_not_fit(row, train_on):
+    with pytest.raises(DataError, match="Accepted: auto"): encoder_for(tiny_tokenizer(extra=MARKERS), row, "chatml" if "messages" in row else None, train_on=train_on)
+
+def test_train_on_all_keeps_the_same_tokens():
+    tok = tiny_tokenizer(extra=MARKERS)
+    row = {"messages": TALK}
+    some, every = encoder_for(tok, row, "chatml")(row), encoder_for(tok, row, "chatml", train_on="all")(row)
+    assert some["input_ids"] == every["input_ids"] and every["labels"][1:] == every["input_ids"][1:]
+
+def test_slow_tokenizer_is_refused():
+    class Slow: is_fast = False
+    with pytest.raises(SftkitError, match="slow tokenizer"): Encoder(Slow(), Shape("text", ("text",)))
+
+def test_rows_in_error_are_named():
+    tok = tiny_tokenizer(extra=MARKERS)
+    rows = [Row({"messages": TALK}, "a.jsonl line 1"), Row({"messages": [{"role": "king", "content": "x"}]}, "a.jsonl line 2")]
+    with pytest.raises(DataError, match="a.jsonl line 2"): encode_rows(rows, Encoder(tok, Shape("messages", ("messages",)), templates()["chatml"]))
+    with pytest.raises(DataError, match="row: column `messages` holds nothing"): encoder_for(tok, {"messages": TALK}, "chatml")({"other": 1})
+
+
+# ---- all rows -------------------------------------------------------------------------------------------------------
+
+def test_acceptance_14_lengths_cuts_and_lost_answers():
+    tok = tiny_tokenizer(extra=MARKERS)
+    rows = read_rows([{"messages": TALK[1:3]}, {"messages": [{"role": "user", "content": "question " * 50}, TALK[2]]}, {"messages": TALK[1:2] + [{"role": "assistant", "content": "hello " * 50}]}])
+    encoded = encode_rows(rows, Encoder(tok, detect_shape(rows), templates()["chatml"], max_seq_length=40))
+    stats = encoded.stats
+    assert max(stats["lengths"]) == 40 and stats["rows"] == 3 and stats["cut_rows"] == 2 and stats["lost_rows"] == ["row 2"] and stats["empty_rows"] == []
+    assert [e["where"] for e in encoded.examples] == ["row 1", "row 3"]
+    assert stats["trained_tokens"] == sum(int((e["labels"] >= 0).sum()) for e in encoded.examples) and stats["total_tokens"] == sum(e["length"] for e in encoded.examples)
+
+def test_acceptance_14_nothing_left_to_train_on_is_an_error():
+    tok = tiny_tokenizer(extra=MARKERS)
+    rows = read_rows([{"messages": TALK[1:3]}])
+    encoder = Encoder(tok, detect_shape(rows), templates()["chatml"], max_seq_length=5)
+    first = next(i for i, l in enumerate(Encoder(tok, detect_shape(rows), templates()["chatml"])(rows[0].value)["labels"]) if l >= 0) + 1
+    with pytest.raises(DataError, match=f"max_seq_length=5.*the earliest at token {first}.*Type max_seq_length="): encode_rows(rows, encoder)
+    with pytest.raises(DataError, match="empty.*row 1"): encode_rows(read_rows([{"text": ""}]), Encoder(tok, Shape("text", ("text",))))
+    with pytest.raises(DataError, match="empty"): encode_rows(read_rows([{"prompt": "a", "completion": ""}]), Encoder(tok, Shape("pair", ("prompt", "completion"))))
+
+def test_blank_answers_are_listed_not_trained():
+    tok = tiny_tokenizer(extra=MARKERS)
+    rows = read_rows([{"question": "what?", "answer": 0}, {"question": "how?", "answer": None}, {"question": " ", "answer": 1}, {"question": "why?", "answer": 42}])
+    encoded = encode_rows(rows, Encoder(tok, detect_shape(rows), templates()["chatml"]))
+    assert encoded.stats["lost_rows"] == encoded.stats["empty_rows"] == ["row 2", "row 3"] and [e["where"] for e in encoded.examples] == ["row 1", "row 4"]
+
+def test_template_notes_reach_the_stats():
+    tok = tiny_tokenizer()
+    endless = ChatTemplate("endless", "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}", ())
+    notes = encode_rows(read_rows([{"messages": TALK[1:3]}] * 3), Encoder(tok, Shape("messages", ("messages",)), endless)).stats["notes"]
+    assert len(notes) == 1 and "stop" in notes[0]
+
+def test_encode_rows_is_the_encoder(tokenizer):
+    rows = read_rows(ROWS)
+    encoder = Encoder(tokenizer, detect_shape(rows), templates()["vicuna"], max_seq_length=300)
+    for row, example in zip(rows, encode_rows(rows, encoder, batch_rows=2).examples, strict=True):
+        one = encoder(row.value)
+        assert example["input_ids"].tolist() == one["input_ids"] and example["labels"].tolist() == one["labels"] and example["length"] == len(one["input_ids"])
+
+def test_preprocess_reaches_the_tokens():
+    tok = tiny_tokenizer()
+    rows = read_rows([{"q": "a", "a": "b"}, {"q": "", "a": ""}])
+    fn = lambda r: {"text": f"### Instruction: {r['q']}\n### Response: {r['a']}"} if r["q"] else None
+    encoded = encode_rows(rows, Encoder(tok, Shape("text", ("text",))), preprocess=fn)
+    assert tok.decode(encoded.examples[0]["input_ids"]) == "### Instruction: a\n### Response: b</s>" and encoded.stats["dropped_rows"] == ["row 2"] and len(encoded) == 1
+    with pytest.raises(DataError, match="all were dropped"): encode_rows(rows, Encoder(tok, Shape("text", ("text",))), preprocess=lambda r: None)
+
+def test_acceptance_19_a_split_shares_no_row_and_no_duplicate():
+    rows = read_rows([{"text": f" row {i % 40}" + " " * (i // 40), "id": i} for i in range(100)])
+    train, valid = split_rows(rows, 0.2, seed=3)
+    assert len(train) + len(valid) == 100 and 17 <= len(valid) <= 20
+    assert not {r.value["text"].strip() for r in train} & {r.value["text"].strip() for r in valid}
+    assert split_rows(rows, 0.2, seed=3) == (train, valid) and split_rows(rows, 0.2, seed=4) != (train, valid)
+    distinct = read_rows([{"text": str(i)} for i in range(50)])
+    assert len(split_rows(distinct, 7, seed=0)[1]) == 7 and len(split_rows(distinct, 0.1, seed=0)[1]) == 5
+
+def test_acceptance_19_duplicates_by_the_columns_that_are_trained_on():
+    rows = read_rows([{"messages": TALK[1:3], "id": i} for i in range(4)] + [{"messages": TALK, "id": 9}])
+    train, valid = split_rows(rows, 1, seed=0)
+    assert [r.value["id"] for r in valid] == [9]
+    body = read_rows([{"body": "same", "id": i} for i in range(3)] + [{"body": "other", "id": 9}])
+    assert [r.value["id"] for r in split_rows(body, 1, 0, detect_shape(body, "body"))[1]] == [9]
+
+@pytest.mark.parametrize("valid", [0, 1.5, -0.1, True, "a", float("nan"), 3, 5])
+def test_split_sizes_that_cannot_be(valid):
+    with pytest.raises(DataError): split_rows(read_rows([{"text": str(i)} for i in range(3)]), valid, 0)
+
+def test_rows_all_alike_cannot_be_split():
+    with pytest.raises(DataError, match="same content"): split_rows(read_rows([{"text": "a"}] * 5), 0.4, 0)
+    with pytest.raises(DataError): split_rows(read_rows([{"text": "a"}]), 0.5, 0)
+
+def test_blocks():
+    tok = metaspace_tokenizer("first", "bpe")
+    encoded = encode_rows(read_rows([{"text": "the light " * n} for n in (9, 1, 4)]), Encoder(tok, Shape("text", ("text",)), max_seq_length=None))
+    joined = [i for e in encoded.examples for i in e["input_ids"].tolist()]
+    blocks = text_blocks(encoded, 16)
+    assert [i for b in blocks for i in b["input_ids"].tolist()] == joined and [b["length"] for b in blocks] == [16] * (len(joined) // 16) + [len(joined) % 16]
+    assert all(b["labels"][0] == -100 and b["labels"][1:].tolist() == b["input_ids"][1:].tolist() for b in blocks) and joined.count(tok.eos_token_id) == 3
+    assert [b["input_ids"].tolist() for b in text_blocks(encoded.examples, 16)] == [b["input_ids"].tolist() for b in blocks]
+    with pytest.raises(DataError): text_blocks(encoded, 1)
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_acceptance_15_padding_side_is_honoured(side):
+    import torch
+    examples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": np.array([8]), "labels": np.array([-100])}]
+    batch = collate(examples, pad_token_id=7, padding_side=side)
+    right = side == "right"
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in batch.items()} == {k: (torch.int64, (2, 3)) for k in ("input_ids", "attention_mask", "labels", "position_ids")}
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 7, 7] if right else [7, 7, 8]] and batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0] if right else [0, 0, 1]] and batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    with pytest.raises(DataError): collate(examples, 0, "middle")
+
+def test_acceptance_15_logits_do_not_depend_on_the_padding_side():
+    import torch
+    from tiny import tiny_model
+    tok = tiny_tokenizer()
+    model = tiny_model(tok).eval()
+    examples = encode_rows(read_rows([{"text": "hello world"}, {"text": "the light is on and what is python"}]), Encoder(tok, Shape("text", ("text",)))).examples
+    real = {}
+    for side in ("right", "left"):
+        batch = collate(examples, tok.pad_token_id, side)
+        batch.pop("labels")
+        with torch.no_grad(): logits = model(**batch).logits
+        real[side] = logits[batch["attention_mask"].bool()]
+    torch.testing.assert_close(real["right"], real["left"], atol=1e-5, rtol=1e-4)
+
+def test_sample_data_is_in_the_package():
+    import sftkit
+    assert sample_data() == Path(sftkit.__file__).parent / "sample"
+
+def test_reading_lines_needs_neither_torch_nor_pandas(tmp_path):
+    import subprocess
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    code = f"import sys; from sftkit.data import read_rows, detect_shape; detect_shape(read_rows({path!r})); assert not {{'torch', 'transformers', 'pandas', 'datasets'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

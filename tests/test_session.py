@@ -1,0 +1,203 @@
+"""Plans, their four spellings, and runs."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHAT, TEXT
+from sftkit import Recipe, Run, Session, compare, train
+from sftkit.recipe import DataError, RecipeError, RunError
+from tiny import write_jsonl
+
+ROOT = Path(__file__).parent.parent
+FAST = dict(epochs=2, batch_size=8, gradient_accumulation=1, lr=1e-2, chat_template="chatml")
+
+
+def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
+
+
+def sftkit(*args, code=0, **env):
+    done = subprocess.run([sys.executable, "-m", "sftkit", *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_acceptance_02_defaults():
+    r = Recipe(model="m", data_path="d", project_name="p")
+    expected = dict(text_column="text", trainer="sft", valid_path=None, valid_split=None, train_split="train", seed=42, epochs=3, max_steps=-1, batch_size=8, lr=5e-5, warmup_ratio=0.1,
+                    gradient_accumulation=4, optimizer="adamw_torch", scheduler="linear", weight_decay=0.0, max_grad_norm=1.0, early_stopping_patience=None, early_stopping_threshold=0.0,
+                    max_seq_length=2048, padding="right", chat_template=None, add_eos_token=True, block_size=-1, train_on="auto", peft=False, lora_r=16, lora_alpha=32, lora_dropout=0.05,
+                    target_modules="all-linear", merge_adapter=False, quantization=None, mixed_precision=None, use_flash_attention_2=False, gradient_checkpointing=True, unsloth=False,
+                    packing=False, compile="auto", use_distillation=False, teacher_model=None, distill_temperature=3.0, distill_alpha=0.7, use_enhanced_eval=False,
+                    eval_metrics="perplexity,bleu,rouge", eval_save_predictions=False, log="none", distributed_backend=None, push_to_hub=False, token=None)
+    assert {k: getattr(r, k) for k in expected} == expected
+    assert Session("m", project="p").data("d").recipe == r
+
+
+def test_acceptance_03_four_spellings_one_run(tiny, chat_file, tmp_path):
+    plan = Session(tiny, project="fluent", **FAST).data(chat_file, eval=0.1).lora(r=4)
+    assert Session.from_recipe(plan.recipe).recipe == plan.recipe
+    fluent = plan.fit()
+    plan.to_yaml("r.yaml")
+    from_yaml = Session.from_yaml("r.yaml").fit(project_name="yaml")
+    plan.options(project_name="script").to_script("s.py")
+    subprocess.run([sys.executable, "s.py"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    sftkit("llm", *plan.options(project_name="cli").recipe.to_args())
+    flat = train(plan.recipe.replace(project_name="flat"))
+    assert len(losses(fluent)) == 12
+    assert losses(fluent) == losses(from_yaml) == losses(Run.open("script")) == losses(Run.open("cli")) == losses(flat)
+
+
+def test_in_memory_and_mapped_rows_travel(tiny):
+    shout = lambda row: {"messages": [{**m, "content": m["content"].upper()} for m in row["messages"]]}
+    plan = Session(tiny, project="p", **FAST).data(CHAT, eval=CHAT[:4]).map(shout).options(max_steps=2)
+    first = plan.fit()
+    plan.to_yaml("r.yaml")
+    again = Session.from_yaml("r.yaml").fit(project_name="q")
+    assert losses(first) == losses(again)
+    assert "TURN OFF" in Path(plan.recipe.data_path).read_text() and "TURN OFF" in Path(plan.recipe.valid_path).read_text()
+
+
+@pytest.mark.parametrize("keywords", [
+    dict(trainer="sft", text_column="text", epochs=1, batch_size=8, lr=5e-5, warmup_ratio=0.1, gradient_accumulation=4, peft=True, lora_r=16, lora_alpha=32, mixed_precision="no",
+         gradient_checkpointing=True, use_flash_attention_2=True),
+    dict(text_column="text", epochs=1, batch_size=4, lr=2e-5, max_seq_length=512),
+    dict(text_column="text", epochs=1, peft=True, lora_r=64, lora_alpha=128, lora_dropout=0.1, target_modules="c_attn, c_proj", quantization=None, gradient_checkpointing=True, batch_size=1,
+         gradient_accumulation=16, lr=1e-4)], ids=["quick-start", "csv-file", "lora"])
+def test_acceptance_04_flat_api(tiny_gpt2, keywords):
+    import pandas as pd
+    pd.DataFrame(TEXT).to_csv("train.csv", index=False)
+    run = train(Recipe(model=tiny_gpt2, data_path="./train.csv", project_name="gpt2-qa", **keywords))
+    assert isinstance(run, Run) and run.state == "finished"
+
+
+def test_acceptance_04_chat_with_chatml(tiny_gpt2):
+    Path("chat_data.json").write_text(json.dumps(CHAT))
+    run = train(Recipe(model=tiny_gpt2, data_path="chat_data.json", text_column="messages", chat_template="chatml", project_name="chatbot", epochs=1, batch_size=4))
+    assert run.state == "finished" and "<|im_start|>" in run.tokenizer.chat_template
+
+
+def test_acceptance_05_every_source_gives_the_same_tokens(tiny):
+    import pandas as pd
+    from datasets import Dataset, DatasetDict
+    frame = pd.DataFrame(CHAT)
+    write_jsonl("a.jsonl", CHAT); Path("a.json").write_text(json.dumps(CHAT)); frame.to_parquet("a.parquet")
+    frame.assign(messages=[json.dumps(r["messages"]) for r in CHAT]).to_csv("a.csv", index=False)
+    Path("folder").mkdir(); write_jsonl("folder/train.jsonl", CHAT)
+    sources = ["a.jsonl", "a.json", "a.parquet", "a.csv", "folder", frame, CHAT, Dataset.from_list(CHAT), DatasetDict(train=Dataset.from_list(CHAT))]
+    tokens = [[b["input_ids"].tolist() for b in Session(tiny, project="p", **FAST).data(s).batches()] for s in sources]
+    assert all(t == tokens[0] for t in tokens)
+    with pytest.raises(DataError, match="Columns: messages"): next(Session(tiny, project="p").data("a.jsonl", column="mesages").batches())
+
+
+def test_acceptance_09_folder_and_file_agree_and_the_template_is_saved(tiny, chat_file):
+    Path("folder").mkdir(); write_jsonl("folder/train.jsonl", CHAT)
+    plans = [Session(tiny, project=f"p{i}", max_steps=1, **FAST).data(s) for i, s in enumerate([chat_file, "folder"])]
+    runs = [p.fit() for p in plans]
+    assert losses(runs[0]) == losses(runs[1])
+    from transformers import AutoTokenizer
+    saved = AutoTokenizer.from_pretrained("p0")
+    text = saved.apply_chat_template(CHAT[0]["messages"], tokenize=False)
+    assert saved(text, add_special_tokens=False)["input_ids"] == plans[0].encode(CHAT[0])["input_ids"]
+
+
+def test_acceptance_32_errors_name_the_right_field_all_at_once():
+    with pytest.raises(RecipeError, match="Did you mean `lr`"): Session("m", project="p", learning_rte=1e-4)
+    with pytest.raises(RecipeError) as e: Recipe(model="m", project_name="p", data_path="d", learning_rte=1, epochs="many", padding="up", quantization="int3", lora_r=0)
+    assert str(e.value).startswith("5 things") and all(w in str(e.value) for w in ("`lr`", "epochs", "padding", "int4, int8", "lora_r"))
+    with pytest.raises(RecipeError, match="`data_path` is missing"): Session("m", project="p").recipe
+    with pytest.raises(RecipeError, match="not yet"): Session("m", project="p").data("d").distill("gpt2-large").recipe
+
+
+def test_acceptance_32_before_anything_is_written(tiny, tmp_path):
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for source, words in ([], "no rows"), ("bad.jsonl", "line 2"), ("missing.jsonl", "missing.jsonl"), ([{"text": ""}], "train"):
+        with pytest.raises(DataError, match=words): Session(tiny, project="p").data(source).fit()
+    for messages, words in ([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}], "row 1"), ([{"role": "user", "content": "x"}], "assistant"):
+        with pytest.raises(DataError, match=words): Session(tiny, project="p", chat_template="chatml").data([{"messages": messages}]).fit()
+    with pytest.raises(Exception, match="chatml"): Session(tiny, project="p", chat_template="chatlm").data(CHAT).fit()
+    assert not Path("p").exists()
+
+
+def test_acceptance_01_basic_cli(tiny_gpt2):
+    Path("data").mkdir(); write_jsonl("data/train.jsonl", TEXT)
+    said = sftkit("llm", "--model", tiny_gpt2, "--trainer", "sft", "--data-path", "./data", "--text-column", "text", "--project-name", "my-sft", "--epochs", "3", "--batch-size", "8", "--lr", "5e-3")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    AutoModelForCausalLM.from_pretrained("./my-sft"), AutoTokenizer.from_pretrained("./my-sft")
+    values = losses(Run.open("my-sft"))
+    assert values[-1] < values[0] and "loss" in said and "report.html" in said and Path("my-sft/report.html").exists()
+
+
+@pytest.mark.parametrize("args", [
+    "--trainer sft --data-path ./data --text-column text --project-name my-sft-model --epochs 3 --batch-size 8 --lr 5e-5",
+    "--trainer sft --data-path ./data --text-column text --project-name llama-sft-lora --peft --lora-r 16 --lora-alpha 32 --quantization int4 --epochs 3",
+    "--trainer sft --data-path ./chat_data --text-column messages --chat-template chatml --project-name chat-model --epochs 3",
+    "--trainer sft --data-path ./conversations.json --text-column messages --chat-template chatml --project-name chatbot",
+    "--data-path ./data --project-name oom --batch-size 1 --gradient-accumulation 32 --gradient-checkpointing --quantization int4 --peft --lora-r 8",
+    "--data-path ./data --project-name slow --disable-gradient-checkpointing --use-flash-attention-2 --warmup-ratio 0.2 --lr 1e-5"])
+def test_acceptance_01_commands_of_the_guide(tiny_gpt2, args, capsys):
+    from sftkit.cli import main
+    for folder, name, rows in ("data", "train.jsonl", TEXT), ("chat_data", "chat.jsonl", CHAT): Path(folder).mkdir(); write_jsonl(f"{folder}/{name}", rows)
+    Path("conversations.json").write_text(json.dumps(CHAT))
+    assert main(["llm", "--model", tiny_gpt2, *args.split(), "--max-steps", "2"]) == 0
+
+
+def test_cli_errors_are_one_message(tiny):
+    said = sftkit("llm", "--model", tiny, "--data-path", "none.jsonl", "--project-name", "p", "--learning-rte", "1", "--epochs", code=1)
+    assert "Did you mean `lr`" in said and "--epochs" in said and "Traceback" not in said
+    assert "no command" in sftkit("lm", code=1)
+    assert "Did you mean `--" in said or "`lr`" in said
+
+
+def test_plans_are_frozen_values():
+    base = Session("m", project="p").data("d")
+    a, b = base.lora(r=4), base.lora(r=8).quantize("int8")
+    assert (base.recipe.peft, a.recipe.lora_r, b.recipe.lora_r, a.recipe.quantization) == (False, 4, 8, None)
+    with pytest.raises(AttributeError, match="frozen"): base.model = "x"
+    with pytest.raises(RecipeError, match="lora_r"): base.lora(r=-1)
+
+
+def test_reprs_work_everywhere(tiny, chat_file):
+    plan = Session(tiny, project="p", **FAST).data(chat_file, eval=0.1).lora(r=2).options(max_steps=2)
+    assert "LoRA, rank 2" in repr(plan) and "LoRA, rank 2" in plan._repr_html_()
+    assert "none yet" in repr(Session("m")) and "missing" in Session("m")._repr_html_()
+    preview = plan.preview(n=2)
+    assert "trained" in repr(preview) and "trained" in preview._repr_html_()
+    run = plan.fit()
+    assert "finished" in repr(run) and "<img" in run._repr_html_()
+    table = run.versus_base(CHAT[:2], max_new_tokens=4)
+    assert "tuned" in repr(table) and "tuned" in table._repr_html_()
+    scores = run.evaluate(max_new_tokens=4)
+    assert "perplexity" in repr(scores) and len(scores["predictions"]) == 5 and 0 <= scores["exact_match"] <= 1
+    assert run.plot().data and list(run.history.step) == [1, 2] and run.history.eval_loss.notna().any()
+    other = plan.fit(project_name="q", lr=2e-2)
+    both = compare(run, other)
+    assert list(both.differences.index) == ["lr"] and "q" in repr(both) and "q" in both._repr_html_() and len(both.plot().data) == 4
+
+
+def test_report_is_self_contained_and_escapes_the_data(tiny):
+    rows = [{"messages": [{"role": "user", "content": f"<script>alert({i})</script>"}, {"role": "assistant", "content": "</div><b>no</b>"}]} for i in range(12)]
+    run = Session(tiny, project="p", **FAST).data(rows, eval=3).options(max_steps=1).fit()
+    page = run.report().read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "</div><b>no" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    opened = Run.open("p")
+    assert opened.report("elsewhere.html").read_text() == page
+
+
+def test_secrets_stay_out(tiny, chat_file):
+    run = Session(tiny, project="p", token="hf_verysecret", **FAST).data(chat_file).options(max_steps=1).fit()
+    run.report()
+    assert "verysecret" not in repr(run.recipe)
+    for path in Path("p").rglob("*"):
+        if path.is_file(): assert b"verysecret" not in path.read_bytes(), path
+
+
+def test_generate_takes_texts_messages_and_rows(tiny, chat_file):
+    run = Session(tiny, project="p", **FAST).data(chat_file).options(max_steps=1).fit()
+    one = run.generate("turn on light 1", max_new_tokens=4)
+    assert run.generate(["turn on light 1", "turn on light 1"], max_new_tokens=4) == [one, one]
+    assert run.generate([{"role": "user", "content": "turn on light 1"}], max_new_tokens=4) == one
+    with pytest.raises(RunError, match="no run"): Run.open("nowhere")

@@ -1,0 +1,349 @@
+"""Numbers: what the trainer computes against an independent computation, and what survives an interruption."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHAT, TEXT
+from safetensors.torch import load_file
+from sftkit import Run, Session
+from sftkit.model import load_base, load_trained
+from sftkit.recipe import DataError, ModelError, RecipeError, RunError
+from sftkit.training import NonFiniteLoss, Trainer
+from tiny import write_jsonl
+
+
+def plan_for(model, source, project="run", **fields):
+    return Session(model, project=project, chat_template="chatml", epochs=1, lr=1e-2, **fields).data(source)
+
+
+def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
+
+
+def independent_loss(model_path, batches):
+    """Mean cross-entropy of the trained tokens of `batches`, row by row without padding, in float64 from the full logits of a freshly loaded model."""
+    model, total, count = load_base(model_path).double(), 0.0, 0
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
+            ids, labels = ids[mask], labels[mask]
+            with torch.no_grad(): logp = model(ids[None]).logits[0].log_softmax(-1)
+            for t in range(1, len(ids)):
+                if labels[t] != -100: total -= logp[t - 1, labels[t]].item(); count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("train_on", ["auto", "all"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_acceptance_16_logged_loss_is_the_masked_cross_entropy(tiny, accumulation, train_on, padding):
+    plan = plan_for(tiny, CHAT, gradient_accumulation=accumulation, batch_size=3, train_on=train_on, padding=padding, max_steps=1)
+    batches = [b for b, _ in zip(plan.batches(), range(accumulation))]
+    assert len({int(n) for b in batches for n in b["attention_mask"].sum(1)}) > 2          # uneven lengths
+    assert losses(plan.fit())[0] == pytest.approx(independent_loss(tiny, batches), abs=1e-4)
+
+
+def test_acceptance_16_plain_text_and_other_architectures(tiny_gpt2):
+    plan = Session(tiny_gpt2, project="run", gradient_accumulation=2, batch_size=4, max_steps=1).data(TEXT)
+    assert losses(plan.fit())[0] == pytest.approx(independent_loss(tiny_gpt2, [b for b, _ in zip(plan.batches(), range(2))]), abs=1e-4)
+
+
+def test_acceptance_12_the_batch_is_what_the_preview_shows(tiny, chat_file):
+    plan = plan_for(tiny, chat_file, batch_size=5, padding="left")
+    seen = 0
+    for batch in plan.batches():
+        for i, row in enumerate(batch["rows"].tolist()):
+            encoded, real = plan.encode(CHAT[row]), batch["attention_mask"][i].bool()
+            assert batch["input_ids"][i][real].tolist() == encoded["input_ids"]
+            assert batch["labels"][i][real].tolist() == encoded["labels"]
+            assert (batch["labels"][i][~real] == -100).all()
+            seen += 1
+    assert seen == len(CHAT)
+    shown = plan.preview(n=1).text
+    trained = plan._work.data.tokenizer.decode([t for t in plan.encode(CHAT[0])["labels"] if t != -100])
+    assert trained == CHAT[0]["messages"][1]["content"] + "<|im_end|>"
+    assert f"assistant        ● {trained}" in shown
+
+
+def test_acceptance_15_padding_side_reaches_the_batch(tiny):
+    left, right = (next(plan_for(tiny, CHAT, padding=side).batches()) for side in ("left", "right"))
+    short = int(left["attention_mask"].sum(1).argmin())
+    assert left["attention_mask"][short, 0] == 0 and left["attention_mask"][short, -1] == 1
+    assert right["attention_mask"][short, 0] == 1 and right["attention_mask"][short, -1] == 0
+    assert left["position_ids"][short][left["attention_mask"][short].bool()].tolist() == list(range(int(left["attention_mask"][short].sum())))
+
+
+def test_acceptance_25_batch_1_times_32_is_batch_32(tiny):
+    fields = dict(max_steps=2, warmup_ratio=0.0)
+    a = plan_for(tiny, CHAT[:32], "a", batch_size=32, gradient_accumulation=1, **fields).options(epochs=2).fit()
+    b = plan_for(tiny, CHAT[:32], "b", batch_size=1, gradient_accumulation=32, **fields).options(epochs=2).fit()
+    assert losses(a) == pytest.approx(losses(b), abs=1e-4)
+    wa, wb = load_file("a/model.safetensors"), load_file("b/model.safetensors")
+    assert all(torch.allclose(wa[k], wb[k], atol=1e-4) for k in wa)
+
+
+def test_acceptance_22_recomputing_activations_changes_nothing(tiny):
+    runs = [plan_for(tiny, CHAT, f"r{i}", gradient_checkpointing=gc, max_steps=3).fit() for i, gc in enumerate([True, False, "auto"])]
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+
+
+def test_acceptance_23_seed_decides_everything(tiny):
+    plan = plan_for(tiny, CHAT, max_steps=4, batch_size=4, gradient_accumulation=1).lora(dropout=0.2)
+    same, again, other = (plan.options(project_name=n, seed=s).fit() for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert losses(same) == losses(again) != losses(other)
+
+
+def test_acceptance_06_lora_on_exactly_the_targets_and_base_untouched(tiny):
+    plan = plan_for(tiny, CHAT, max_steps=3).lora(r=4, alpha=8, dropout=0.1, targets="q_proj, v_proj")
+    run = plan.fit()
+    adapted = {n.rsplit(".lora_A", 1)[0].rsplit(".", 1)[-1] for n, _ in run.model.named_parameters() if "lora_A" in n}
+    config = run.model.peft_config["default"]
+    assert adapted == {"q_proj", "v_proj"} and (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+    base = load_file(f"{tiny}/model.safetensors")
+    with_adapter = {k.replace(".base_layer", "").removeprefix("base_model.model."): v for k, v in run.model.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(base[k], with_adapter[k]) for k in base)
+    event = next(e for e in run.events if e["kind"] == "plan")
+    assert event["trainable_parameters"] == sum(p.numel() for n, p in run.model.named_parameters() if "lora_" in n) < event["total_parameters"]
+    with pytest.raises(ModelError, match="q_prj.*Did you mean `q_proj`"): plan.lora(targets="q_prj").options(project_name="b").fit()
+
+
+@pytest.mark.parametrize("bits,kind,dtype", [("int4", "Linear4bit", torch.uint8), ("int8", "Linear8bitLt", torch.int8)])
+def test_acceptance_07_quantised_base_trains_on_cpu(tiny_wide, bits, kind, dtype):
+    run = plan_for(tiny_wide, CHAT, batch_size=8, gradient_accumulation=1, valid_split=8).options(epochs=4).lora(r=8).quantize(bits).fit()
+    layers = {n: m for n, m in run.model.named_modules() if type(m).__name__ == kind and type(m).__module__.startswith("bitsandbytes")}
+    assert len(layers) == 2 * 7 and all(m.weight.dtype == dtype for m in layers.values())
+    if bits == "int4": assert all(m.weight.quant_state.nested and m.weight.quant_type == "nf4" and m.compute_dtype == torch.float32 for m in layers.values())
+    values = losses(run)
+    assert sum(values[-3:]) < 0.9 * sum(values[:3])
+    opened = Run.open("run")
+    assert opened.generate("turn on light 3", max_new_tokens=8) == run.generate("turn on light 3", max_new_tokens=8)
+    assert any(type(m).__name__ == kind for m in opened.model.modules())
+
+
+def test_acceptance_07_quantised_without_adapter_is_refused():
+    with pytest.raises(RecipeError, match="peft=True"): Session("nowhere", project="x").data("none.jsonl").quantize("int4").recipe
+
+
+def test_int4_gradients_survive_an_evaluation_before_training(tiny_wide):
+    """bitsandbytes repacks 4-bit layers at an eval-mode forward on some CPUs and then loses gradients; the adapter's gradients must be those of the dequantised model."""
+    import bitsandbytes as bnb
+    from sftkit.model import add_lora, token_loss_sum
+    from sftkit.recipe import Recipe
+    recipe = Recipe(model=tiny_wide, data_path="d", project_name="p", peft=True, lora_dropout=0.0, quantization="int4")
+    batch = next(plan_for(tiny_wide, CHAT).batches())
+
+    def gradients(model):
+        torch.manual_seed(0)
+        model = add_lora(model, recipe)
+        for n, p in model.named_parameters():
+            if "lora_B" in n: p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+            if "lora_A" in n: p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+        model.eval()
+        with torch.no_grad(): token_loss_sum(model, batch)
+        token_loss_sum(model.train(), batch).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    quantised, plain = load_base(tiny_wide, quantization="int4"), load_base(tiny_wide)
+    for (_, q), (_, p) in zip(((n, m) for n, m in quantised.named_modules() if isinstance(m, bnb.nn.Linear4bit)),
+                              ((n, m) for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n)):
+        p.weight.data = bnb.functional.dequantize_4bit(q.weight.data, q.weight.quant_state).float()
+    a, b = gradients(quantised), gradients(plain)
+    assert max(((a[n] - b[n]).norm() / b[n].norm()).item() for n in a) < 1e-4
+
+
+def test_acceptance_19_validation_is_evaluated_and_shares_no_row(tiny, tmp_path):
+    rows = CHAT + CHAT[:10]                                        # duplicates
+    plan = plan_for(tiny, rows, valid_split=0.25, max_steps=2)
+    data = plan._work.data
+    content = lambda rows: {json.dumps(r.value) for r in rows}
+    assert data.valid_rows and not content(data.train_rows) & content(data.valid_rows)
+    run = plan.fit()
+    last = [e for e in run.events if e["kind"] == "eval"][-1]
+    from sftkit.data import collate
+    batch = collate(data.valid.examples, data.tokenizer.pad_token_id)
+    model, _ = load_trained("run")
+    with torch.no_grad(): logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    truth = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100).item()
+    assert last["loss"] == pytest.approx(truth, abs=1e-4) and last["perplexity"] == pytest.approx(math.exp(truth), rel=1e-3)
+    file_run = plan_for(tiny, CHAT, "with-file", max_steps=1).options(valid_path=write_jsonl(tmp_path / "v.jsonl", CHAT[:5])).fit()
+    assert any(e["kind"] == "eval" for e in file_run.events)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+from sftkit import Session, Run
+plan = Session({model!r}, project={project!r}, chat_template="chatml", epochs=3, lr=1e-2, batch_size=4, gradient_accumulation=2, save_steps=2, valid_split=6){lora}.data({data!r})
+print("ready", flush=True)
+run = Run.open({project!r}).resume() if {resume} else plan.fit()
+"""
+
+
+def start(tiny, chat_file, project, resume=False, lora=""):
+    code = KILLED.format(tests=str(Path(__file__).parent), model=tiny, project=project, data=chat_file, resume=resume, lora=lora)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("lora", ["", ".lora(r=4, dropout=0.1)"])
+@pytest.mark.parametrize("after_step", [3, 7])
+def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file, lora, after_step):
+    whole = start(tiny, chat_file, "whole", lora=lora)
+    killed = start(tiny, chat_file, "killed", lora=lora)
+    events, deadline = Path("killed/events.jsonl"), time.time() + 60
+    while f'"kind": "step", "step": {after_step}' not in (events.read_text() if events.exists() else ""):
+        assert killed.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL); killed.wait()
+    assert whole.wait(60) == 0
+    run = Run.open("killed")
+    if run.state == "finished": pytest.fail("the run ended before it was killed; raise the number of steps")
+    assert run.state == "died"
+    assert start(tiny, chat_file, "killed", resume=True, lora=lora).wait(60) == 0
+    assert run.state == "finished" and losses(run) == losses(Run.open("whole")) and len(losses(run)) == 18
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    a, b = load_file(f"whole/{name}"), load_file(f"killed/{name}")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(Path("killed").glob(".saving*"))
+
+
+def test_interrupt_finishes_the_step_checkpoints_and_returns(tiny, chat_file):
+    """SIGINT arrives in mid-run; fit returns a Run; resumed it ends as if nothing had happened."""
+    fields = dict(epochs=4, batch_size=4, gradient_accumulation=1, save_steps=100)
+
+    class Interrupted(Trainer):
+        def preprocess(self, row): return row
+
+    plan = plan_for(tiny, chat_file, "cut").options(**fields)
+    import sftkit.training as training
+    original = training.Recorder.on_step_begin if hasattr(training.Recorder, "on_step_begin") else None
+    seen = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5 and not seen: seen.append(1); os.kill(os.getpid(), signal.SIGINT)
+    training.Recorder.on_step_begin = on_step_begin
+    try: run = plan.fit()
+    finally:
+        if original: training.Recorder.on_step_begin = original
+        else: del training.Recorder.on_step_begin
+    assert run.state == "interrupted" and run.directory.checkpoints()[-1][0] == 6 and len(losses(run)) == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert isinstance(run.generate("turn on", max_new_tokens=4), str)
+    with pytest.raises(RunError, match="resume=True"): plan.fit()
+    done = run.resume()
+    whole = plan_for(tiny, chat_file, "whole").options(**fields).fit()
+    assert done.state == "finished" and losses(done) == losses(whole)
+    a, b = load_file("cut/model.safetensors"), load_file("whole/model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_acceptance_26_non_finite_loss_stops_names_rows_and_saves_nothing(tiny):
+    plan = plan_for(tiny, CHAT, batch_size=4, gradient_accumulation=1, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0).options(lr=1e30)
+    with pytest.raises(NonFiniteLoss, match=r"(?s)At step \d+ .*Rows of that step: row \d+, row \d+"): plan.fit()
+    run = Run.open("run")
+    assert run.state == "failed" and "NonFiniteLoss" in run.directory.status()["error"]
+    assert not Path("run/model.safetensors").exists()
+    for _, checkpoint in run.directory.checkpoints():
+        assert all(torch.isfinite(v).all() for v in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_acceptance_27_precision(tiny):
+    from sftkit.model import compute_dtype
+    cpu = torch.device("cpu")
+    assert compute_dtype(None, cpu) == torch.float32
+    with pytest.raises(ModelError, match="fp16.*needs an NVIDIA GPU.*'no'"): plan_for(tiny, CHAT, mixed_precision="fp16").fit()
+    assert not Path("run").exists()
+    run = plan_for(tiny, CHAT, max_steps=2).fit()
+    assert {v.dtype for v in load_file("run/model.safetensors").values()} == {torch.float32}
+    half = plan_for(tiny, CHAT, "half", max_steps=2, mixed_precision="bf16").fit()
+    assert losses(half) == pytest.approx(losses(run), abs=0.05) and losses(half) != losses(run)
+    assert next(e for e in half.events if e["kind"] == "plan")["dtype"] == "bfloat16"
+
+
+def test_acceptance_28_flash_attention_falls_back_by_name(tiny):
+    run = plan_for(tiny, CHAT, max_steps=1, use_flash_attention_2=True).fit()
+    notes = [e["text"] for e in run.events if e["kind"] == "note"]
+    assert any("flash-attn" in n and "scaled_dot_product_attention" in n for n in notes)
+    assert losses(run) == losses(plan_for(tiny, CHAT, "plain", max_steps=1).fit())
+
+
+def test_acceptance_10_own_preprocessing_reaches_the_batch(tiny_gpt2):
+    class Instructed(Trainer):
+        def preprocess(self, row): return {"text": f"### Instruction: {row['text']}\n### Response: "}
+    base = Session(tiny_gpt2, project="run", max_steps=1).data(TEXT)
+    mapped = base.map(lambda row: {"text": f"### Instruction: {row['text']}\n### Response: "})
+    for plan in (base.trainer(Instructed), mapped):
+        ids = next(plan.batches())["input_ids"][0]
+        assert plan._work.data.tokenizer.decode(ids).startswith("### Instruction: Question: what is")
+        assert plan.encode(TEXT[0])["text"].startswith("### Instruction: Question: what is 0?")
+    with pytest.raises(RecipeError, match="Instructed"): base.trainer(type("Instructed", (Trainer,), {"__module__": "__main__"})).to_script()
+
+
+def test_acceptance_11_markers_are_added_and_only_their_rows_trained(tiny_gpt2, tmp_path):
+    from sftkit.model import load_base
+    full = Session(tiny_gpt2, project="full", chat_template="chatml", max_steps=2, lr=1e-3).data(CHAT).fit()
+    model, tokenizer = load_trained("full")
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") == len(tokenizer) - 2 and model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+    lora = Session(tiny_gpt2, project="lora", chat_template="chatml", max_steps=3, lr=1e-2).data(CHAT).lora(r=4).fit()
+    before, after = load_base(tiny_gpt2).get_input_embeddings().weight, lora.model.get_base_model().transformer.wte
+    merged = after.token_adapter.get_merged_weights(["default"])
+    assert torch.equal(merged[:len(before)], before) and len(merged) == len(before) + 2
+    start = after.token_adapter.base_layer.weight[len(before):]
+    assert not torch.allclose(merged[len(before):], start, atol=1e-4)
+    assert Run.open("lora").generate("turn on light 3", max_new_tokens=6) == lora.generate("turn on light 3", max_new_tokens=6)
+    assert full.generate("turn on light 3", max_new_tokens=6) == Run.open("full").generate("turn on light 3", max_new_tokens=6)
+
+
+def test_acceptance_14_lengths_are_cut_and_lost_answers_reported(tiny):
+    long = {"messages": [{"role": "user", "content": "light " * 60}, {"role": "assistant", "content": "ok"}]}
+    run = plan_for(tiny, CHAT + [long], max_seq_length=48, max_steps=1).fit()
+    notes = " ".join(e["text"] for e in run.events if e["kind"] == "note")
+    assert "longer than max_seq_length=48" in notes and "lose their whole answer" in notes and "row 49" in notes
+    plan = plan_for(tiny, CHAT + [long], max_seq_length=48)
+    assert max(b["input_ids"].shape[1] for b in plan.batches()) <= 48
+    with pytest.raises(DataError, match="max_seq_length"): plan_for(tiny, [long], "x", max_seq_length=16).fit()
+    assert not Path("x").joinpath("events.jsonl").exists()
+
+
+def test_block_size_cuts_joined_text(tiny_gpt2):
+    plan = Session(tiny_gpt2, project="run", block_size=16, max_steps=1).data(TEXT)
+    batch = next(plan.batches())
+    assert batch["input_ids"].shape[1] == 16 and (batch["labels"][:, 0] == -100).all()
+    with pytest.raises(DataError, match="block_size"): next(Session(tiny_gpt2, project="r", block_size=16).data(CHAT).batches())
+
+
+def test_a_finished_run_is_kept_when_its_name_is_used_again(tiny, chat_file):
+    first = plan_for(tiny, chat_file, max_steps=1).fit()
+    second = plan_for(tiny, chat_file, max_steps=2).fit()
+    assert len(losses(second)) == 2 and len(losses(Run.open("run.1"))) == 1
+    Path("mine").mkdir(); Path("mine/notes.txt").write_text("x")
+    with pytest.raises(RunError, match="holds other files"): plan_for(tiny, chat_file, "mine").fit()
+    assert first.path == second.path
+
+
+def test_requests_from_outside(tiny, chat_file):
+    """A watcher asks the running process to write a checkpoint, to pause, to go on, and to stop."""
+    import threading
+    plan, seen = plan_for(tiny, chat_file).options(epochs=500, batch_size=4, gradient_accumulation=1, save_steps=10**6), []
+
+    def watcher():
+        run, deadline = Run.open.__func__, time.time() + 60
+        directory = __import__("sftkit.events", fromlist=["RunDirectory"]).RunDirectory("run")
+        def until(test):
+            while not test():
+                assert time.time() < deadline; time.sleep(0.02)
+        until(lambda: directory.status().get("state") == "training")
+        directory.request("checkpoint"); until(lambda: directory.checkpoints())
+        directory.request("pause"); until(lambda: directory.status()["state"] == "paused")
+        at = len(directory.events()); time.sleep(0.3); seen.append(len(directory.events()) == at)
+        directory.request("resume"); until(lambda: directory.status()["state"] == "training" and len(directory.events()) > at + 5)
+        directory.request("stop")
+    thread = threading.Thread(target=watcher); thread.start()
+    run = plan.fit(); thread.join()
+    assert run.state == "stopped" and seen == [True] and len(run.directory.checkpoints()) == 2

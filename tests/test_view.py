@@ -1,0 +1,328 @@
+"""Views are pure functions: what they say is checked against values worked out here, and what they emit is parsed, not eyeballed."""
+import base64, json, math, random, re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+import pytest
+from made_up_run import made_up_run
+from sftkit import view
+from sftkit.events import replay
+from sftkit.view import (Progress, clip, compare_html, curve_svg, decimate, gauge_html, history_figure, html_escape, human_bytes, human_number, human_seconds, nice_ticks,
+                         plan_html, plan_text, preview_html, preview_text, report_html, run_html, run_text, series, smooth)
+
+EVIL = "</div></td></table><script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover=\"x' \u202egpj.exe\x00\u2028\ud800 & 🤗"
+ALLOWED = {"div", "span", "b", "img", "table", "tr", "td", "th", "thead", "tbody"}
+VOID = {"img", "meta"}
+
+
+class Page(HTMLParser):
+    "Collects tags, attributes and text, and insists that tags nest."
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = set(), [], [], []
+        self.feed(html); self.close()
+        assert not self._open, f"left open: {self._open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag); self.attributes += attrs
+        if tag not in VOID: self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs): self.tags.add(tag); self.attributes += attrs
+    def handle_endtag(self, tag): assert self._open.pop() == tag
+    def handle_data(self, data): self.text.append(data)
+
+    @property
+    def words(self): return " ".join(" ".join(self.text).split())
+
+
+def safe(html):
+    page = Page(html)
+    assert page.tags <= ALLOWED, page.tags - ALLOWED
+    assert {name for name, _ in page.attributes} <= {"style", "title", "src", "alt"}
+    for c in "\x00\u202e\u2028\ud800": assert c not in html
+    html.encode("utf-8")
+    return page
+
+
+def images(html): return [base64.b64decode(m).decode() for m in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)]
+
+
+# --- text and numbers
+
+def test_escape_shows_what_hides():
+    assert html_escape("<a b='c'>\u202e\x00\u2066\t\n") == "&lt;a b=&#x27;c&#x27;&gt;⟨U+202E⟩⟨U+0000⟩⟨U+2066⟩\t\n"
+    assert html_escape("é漢🤗שלום") == "é漢🤗שלום"
+
+def test_clip_counts():
+    assert clip("a" * 100_000, 10) == "aaaaaaaaaa… 99,990 more characters" and clip("abc", 3) == "abc"
+
+@pytest.mark.parametrize("n, said", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (80 * 2**30, "80.0 GiB"), (200 * 2**30, "200 GiB"), (None, "–")])
+def test_human_bytes(n, said): assert human_bytes(n) == said
+
+@pytest.mark.parametrize("s, said", [(0, "0.0 s"), (9.94, "9.9 s"), (59.96, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "1 d 1 h"), (None, "–"), (math.inf, "–")])
+def test_human_seconds(s, said): assert human_seconds(s) == said
+
+@pytest.mark.parametrize("x, said", [(5e-5, "5e-05"), (999, "999"), (12345, "12,345"), (134_515_008, "134.5 M"), (1.08349, "1.083"), (math.nan, "–"), (None, "–"), (12345.6, "12,346")])
+def test_human_number(x, said): assert human_number(x) == said
+
+
+# --- curves
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decimation_keeps_extremes_ends_and_gaps(seed):
+    rnd = random.Random(seed)
+    y = [rnd.gauss(0, 1) for _ in range(rnd.randrange(3000, 9000))]
+    low, high, gap = rnd.sample(range(1, len(y) - 1), 3)
+    y[low], y[high], y[gap] = -99.0, 99.0, math.nan
+    kept = decimate(y, 500)
+    assert {0, low, high, gap, len(y) - 1} <= set(kept) and len(kept) <= 500 and kept == sorted(set(kept))
+
+def test_decimation_leaves_short_curves_alone(): assert decimate([1.0, math.nan, 3.0], 2000) == [0, 1, 2]
+
+def test_smoothing_is_the_bias_corrected_average():
+    y, b = [4.0, 2.0, 3.0], math.exp(-1 / 2) # by definition: sum of b^(n-i) (1-b) y_i over 1 - b^n
+    for n in (1, 2, 3):
+        by_hand = sum(b ** (n - i) * (1 - b) * y[i - 1] for i in range(1, n + 1)) / (1 - b ** n)
+        assert smooth([1, 2, 3], y, span=2)[n - 1] == pytest.approx(by_hand)
+    assert smooth(range(50), [7.0] * 50)[-1] == pytest.approx(7.0)
+
+def test_smoothing_passes_over_nan():
+    out = smooth([1, 2, 3], [math.nan, 5.0, math.nan])
+    assert math.isnan(out[0]) and out[1:] == [5.0, 5.0]
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.9, 3.7), (1e-7, 2e-7), (-5, 5), (0, 1e9), (3, 3)])
+def test_ticks_are_inside_and_even(low, high):
+    t = nice_ticks(low, high)
+    assert all(low - 1e-9 <= v <= high + 1e-9 for v in t) and len(t) <= 12
+    assert len({round(b - a, 12) for a, b in zip(t, t[1:])}) <= 1
+
+def test_series_names_and_values():
+    s = series(made_up_run(20))
+    assert set(s) == {"loss", "smooth_loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "memory"}
+    assert s["tokens_per_second"][1][0] == pytest.approx(512 / 0.31) and s["loss"][0] == list(range(1, 21)) and s["memory"][0] == [1, 11]
+    assert all(x == [] and y == [] for x, y in series([]).values())
+
+def test_null_loss_is_a_gap():
+    events = [{"kind": "step", "step": i, "loss": None if i == 2 else 1.0} for i in (1, 2, 3)]
+    assert math.isnan(series(events)["loss"][1][1]) and [m["kind"] for m in Progress(events).marks] == ["not finite"]
+
+
+# --- progress
+
+def test_facts():
+    f = Progress(made_up_run(300)).facts()
+    assert (f["step"], f["total_steps"], f["state"], f["rows"], f["trained_tokens"], f["peak_bytes"]) == (300, 300, "finished", 600, 57_000, 5_200_000_000)
+    assert f["tokens_per_second"] == pytest.approx(512 / 0.31) and f["left"] is None
+    assert f["elapsed"] == pytest.approx(1.2 + 300 * 0.31 + 6 * 0.9 + 0.2, abs=0.01) # plan, steps, 6 evaluations with checkpoints, the end
+
+def test_time_left(): assert Progress(made_up_run(100, total=300, state="")).facts()["left"] == pytest.approx(200 * 0.31)
+
+def test_time_between_runs_is_not_counted():
+    first = made_up_run(50, total=100, state="interrupted")
+    day_later = [{"t": first[-1]["t"] + 86_400, "kind": "state", "state": "starting"}, {"t": first[-1]["t"] + 86_402, "kind": "state", "state": "training", "step": 50}]
+    assert Progress(first + day_later).elapsed == pytest.approx(Progress(first).elapsed + 2)
+    killed = first[:-1] # a killed run says nothing before its next start
+    assert Progress(killed + day_later).elapsed == pytest.approx(Progress(killed).elapsed + 2)
+
+def test_a_resume_counts_what_replay_keeps():
+    events = made_up_run(120, total=300, state="interrupted") + [{"t": 2e9, "kind": "state", "state": "starting"}, {"t": 2e9, "kind": "state", "state": "training", "step": 100}]
+    events += [e for e in made_up_run(300, seed=1) if e["kind"] in ("step", "eval") and e["step"] > 100]
+    whole, kept = Progress(events), Progress(replay(events))
+    assert [e["step"] for e in whole.steps] == list(range(1, 301)) and whole.facts()["trained_tokens"] == 300 * 190
+    assert [e["loss"] for e in whole.steps] == [e["loss"] for e in kept.steps] and whole.evals == kept.evals
+    assert [m["kind"] for m in whole.marks if m["kind"] != "checkpoint"] == ["interrupted", "resumed"]
+
+def test_feeding_in_pieces_is_feeding_at_once():
+    events, p = made_up_run(200), Progress()
+    for e in events: p.add([e])
+    assert p.facts() == Progress(events).facts() and p.marks == Progress(events).marks
+
+
+# --- the chart
+
+def odd_runs():
+    nan = made_up_run(40)
+    for e in nan:
+        if e["kind"] == "step": e["loss"] = None
+    spike = made_up_run(200)
+    next(e for e in spike if e.get("step") == 90)["loss"] = 1e30
+    flat = [{"kind": "step", "step": i, "loss": 2.0} for i in range(1, 30)]
+    return {"empty": [], "one": made_up_run(1), "three": made_up_run(3), "all nan": nan, "spike": spike, "flat": flat, "zero": [{"kind": "step", "step": 1, "loss": 0.0}],
+            "negative": [{"kind": "step", "step": i, "loss": -float(i)} for i in range(1, 20)], "many marks": made_up_run(60) + [{"kind": "note", "level": "warning", "text": EVIL}] * 40,
+            "late start": [{"kind": "step", "step": 10_000_000 + i, "loss": 1.0 + i} for i in range(20)]}
+
+@pytest.mark.parametrize("name", odd_runs())
+def test_the_chart_is_well_formed_for(name):
+    p = Progress(odd_runs()[name])
+    svg = curve_svg(series(p), p.marks)
+    root = ET.fromstring(svg)
+    assert "nan" not in svg.lower().replace("not finite", "") and "inf" not in svg.replace("not finite", "")
+    for e in root.iter():
+        for k in ("x", "cx", "x1", "x2"):
+            if e.get(k): assert -60 <= float(e.get(k)) <= 720, (e.tag, k, e.get(k))
+
+def test_a_spike_is_cut_and_named():
+    p = Progress(odd_runs()["spike"])
+    assert "▲" in curve_svg(series(p), p.marks) and "▲" not in curve_svg(series(made_up_run(200)))
+
+def test_the_curve_falls_when_loss_falls():
+    svg = curve_svg(series([{"kind": "step", "step": i, "loss": 10.0 - i} for i in range(1, 6)]))
+    heights = [float(c.get("cy")) for c in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(heights) == 5 and heights == sorted(heights) # down the page
+
+
+# --- HTML forms
+
+@pytest.mark.parametrize("name", odd_runs())
+def test_run_forms_of(name):
+    events = odd_runs()[name]
+    safe(run_html(events, title=EVIL))
+    for svg in images(run_html(events)): ET.fromstring(svg)
+    assert "\n" not in run_text(events) and "\x1b" not in run_text(events)
+
+def test_run_html_of_a_hostile_run():
+    events = [{"kind": "plan", "model": EVIL, "device": EVIL, "rows": 3}, {"kind": "memory", "device": EVIL, "allocated_bytes": 1, "limit_bytes": 2}, {"kind": "note", "level": "info", "text": EVIL},
+              {"kind": "sample", "when": "before", "prompt": EVIL, "text": EVIL * 1000}, {"kind": "state", "state": "failed", "error": EVIL + "A" * 100_000}]
+    page = safe(run_html(events, EVIL))
+    assert "more characters" in page.words and len(run_html(events)) < 40_000
+
+def test_run_html_reads_without_styles():
+    words = safe(run_html(made_up_run(300), "kitchen")).words
+    for part in ("kitchen ✓ finished", "step 300", "memory peak 4.8 GiB", "trained tokens 57,000 in 3 epochs", "rows 600"): assert part in words
+
+def test_run_html_is_small_for_a_long_run(): assert len(run_html(made_up_run(10_000))) < 200_000
+
+def test_run_text_of_a_failure(): assert run_text(made_up_run(3, state="failed")).endswith("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def test_gauge():
+    page = safe(gauge_html(dict(device="NVIDIA <H100>", allocated_bytes=70 * 2**30, reserved_bytes=72 * 2**30, peak_bytes=78 * 2**30, limit_bytes=80 * 2**30)))
+    assert "70.0 GiB in use · 72.0 GiB reserved · peak 78.0 GiB of 80.0 GiB (98%) · nearly full" in page.words
+    assert gauge_html({}) == "" and safe(gauge_html({"allocated_bytes": 5}))
+
+def test_plan_forms():
+    plan = dict(title=EVIL, rows=[("model", "a\nb"), (EVIL, EVIL)], warnings=[EVIL])
+    assert "⚠" in safe(plan_html(plan)).words
+    text = plan_text(dict(title="t", rows=[("model", "a\nb"), ("x", 3)], warnings=["careful"]))
+    assert text.splitlines() == ["t", "  model  a", "         b", "  x      3", "  ! careful"] and safe(plan_html({}))
+
+def test_compare_ticks_only_what_is_equal():
+    rows = [dict(prompt="p", reference="yes", base="no", tuned=" yes\n"), dict(prompt=EVIL, reference=None, base=EVIL, tuned=None), dict(prompt="q", reference="", base="", tuned="")]
+    page = safe(compare_html(rows))
+    assert page.words.count("✓") == 2 and "✓ exactly the reference: base 0 of 3, tuned 1 of 3" in page.words # one row, one sum
+    assert "58 more rows" in safe(compare_html([dict(prompt="p", base="b", tuned="t")] * 60, max_rows=2)).words and safe(compare_html([]))
+
+
+# --- the preview
+
+def row(text, pieces, trained=(), limit=None, roles=None, where=None):
+    "An encoded row whose tokens are `pieces` of `text`, in order; a repeated piece marked with + is a further part of the same character."
+    offsets, at = [], 0
+    for p in pieces:
+        if p == "+": offsets.append(offsets[-1]); continue
+        at = text.index(p, at); offsets.append((at, at + len(p))); at += len(p)
+    ids = list(range(100, 100 + len(pieces)))
+    labels = [t if i in trained else -100 for i, t in enumerate(ids)]
+    limit = limit or len(ids)
+    out = dict(text=text, input_ids=ids[:limit], labels=labels[:limit], roles=(roles or ["assistant"] * len(ids))[:limit], cut_ids=ids[limit:], cut_labels=labels[limit:], offsets=offsets)
+    return out | ({"where": where} if where else {})
+
+def titles(html): return [v for k, v in Page(html).attributes if k == "title"]
+
+def test_every_token_has_its_box():
+    r = row("<|user|>hi 🤗 ok", ["<|user|>", "hi", " ", "🤗", "+", "+", " ok"], trained={6}, roles=["template", "user", "user", "user", "user", "user", "assistant"])
+    html = preview_html([r], str)
+    assert titles(html) == ["id 100 · template · not trained · special", "id 101 · user · not trained", "id 102 · user · not trained", "id 103 · user · not trained",
+                            "id 104 · user · not trained · a further part of the character before", "id 105 · user · not trained · a further part of the character before", "id 106 · assistant · trained"]
+    assert html.count("🤗") == 1 and "1 of 7 tokens are trained" in safe(html).words
+
+def test_cut_tokens_are_struck_through_and_counted():
+    r = row("a b c d", ["a", " b", " c", " d"], trained={1, 2, 3}, limit=2)
+    html = preview_html([r], str, stats=dict(rows=600, trained_tokens=3, total_tokens=9, cut_rows=1, lost_rows=["row 4", "row 9"], max_seq_length=2))
+    assert "1 row of 600 is cut at 2 · ⚠ 2 lose everything that would be trained" in safe(html).words and html.count("line-through") == 2 # the stretch and the legend
+    assert titles(html)[2:] == ["id 102 · beyond the limit · cut off", "id 103 · beyond the limit · cut off"]
+
+def test_an_appended_eos_is_decoded():
+    r = row("ab", ["ab"], trained={0}) | dict(input_ids=[100, 2], labels=[-100, 2], roles=["text", "eos"], offsets=[(0, 2), (2, 2)])
+    assert "</s>" in safe(preview_html([r], {2: "</s>"}.get)).text and "eos              ● </s>" in preview_text([r], {2: "</s>"}.get)
+
+def test_text_that_no_token_covers_is_still_shown():
+    r = row("a   b", ["a", "b"])
+    assert "".join(Page(preview_html([r], str)).text).endswith("a···b") and "a   b" in preview_text([r], str)
+
+def test_whitespace_is_readable():
+    page = safe(preview_html([row("a\n\tb  ", ["a", "\n", "\t", "b", "  "])], str))
+    assert page.text[-5:] == ["a", "↵\n", "→\t", "b", "··"]
+
+def test_trained_differs_without_colour():
+    html = preview_html([row("ab", ["a", "b"], trained={1})], str)
+    colourless = re.sub(r"(background|color):[^;\"]+", "", html)
+    assert "font-weight:600" in colourless and "2px solid" in colourless and "1px dotted" in colourless
+
+def test_long_rows_are_clipped_around_the_cut():
+    text = "x" * 5000
+    r = row(text, ["x"] * 5000, limit=4000)
+    html = preview_html([r], str, max_tokens=400)
+    shown = [t for t in titles(html) if t.startswith("id")]
+    assert len(shown) == 400 and "id 4099 · assistant · not trained" in shown and "id 4100 · beyond the limit · cut off" in shown and "4,600" not in html
+    left_out = sum(int(n.replace(",", "")) for n in re.findall(r"… ([\d,]+) more tokens", html))
+    assert left_out == 4600 and len(html) < 100_000
+
+def test_one_enormous_token(): assert len(preview_html([row("y" * 100_000, ["y" * 100_000])], str)) < 5_000
+
+def test_hostile_rows():
+    r = row(EVIL, list(EVIL), where=EVIL, roles=[EVIL] * len(EVIL))
+    page = safe(preview_html([r], str, title=EVIL))
+    assert "script" not in page.tags and "\x1b" not in preview_text([r], str) and "\u202e" not in preview_text([r], str)
+
+def test_terminal_variant_is_only_colour():
+    r = row("a b", ["a", " b"], trained={1})
+    ansi = preview_text([r], str, ansi=True)
+    assert "\x1b[1;7m" in ansi and re.sub(r"\x1b\[[\d;]*m", "", ansi) == preview_text([r], str)
+
+def test_the_preview_of_a_real_encoder():
+    from tiny import tiny_tokenizer
+    from sftkit.chat import resolve_template
+    from sftkit.data import Encoder, Row, detect_shape
+    tok = tiny_tokenizer(extra=("<|im_start|>", "<|im_end|>"))
+    data = {"messages": [{"role": "user", "content": "what is it 🤗?\n<b>"}, {"role": "assistant", "content": "the kitchen light 🤗"}]}
+    encoder = Encoder(tok, detect_shape([Row(data, "row 1")]), resolve_template("chatml", tok), max_seq_length=40)
+    enc = encoder(data)
+    html = preview_html([enc], lambda i: tok.decode([i]))
+    assert len(titles(html)) == len(enc["input_ids"]) + len(enc["cut_ids"]) and safe(html)
+    assert sum("· trained" in t for t in titles(html)) == sum(v != -100 for v in enc["labels"])
+    trained = "".join(line.split("● ")[1] for line in preview_text([enc], lambda i: tok.decode([i])).splitlines()[3:] if "● " in line)
+    assert trained and enc["text"].replace("\n", "↵").find(trained) > 0
+
+
+# --- report and figure
+
+SECRET = "hf_" + "aB3" * 10
+
+def report(**kw):
+    recipe = dict(model="m", lr=5e-5, add_eos_token=True, token="plain-secret", hub_token="another-secret", note=f"see {SECRET}", data_path=EVIL, target_modules=["q_proj"], versions={"torch": "2.13"}, hardware={"gpu": EVIL})
+    return report_html(made_up_run(50), recipe, title=EVIL, preview=preview_html([row("ab", ["a", "b"])], str), **kw)
+
+def test_report_holds_no_secret():
+    html = report()
+    assert "plain-secret" not in html and "another-secret" not in html and SECRET not in html and "add_eos_token" in html
+
+def test_report_stands_alone():
+    html = report()
+    page = Page(html.replace("<!doctype html>", ""))
+    assert "script" not in page.tags and "link" not in page.tags and not re.search(r"(src|href)=\"(?!data:)", html) and "@import" not in html and "url(" not in html
+    for part in ("Before and after", "light.on(kitchen)", "Recipe", "Made with", "2.13", "Data, as it was trained"): assert part in page.words
+
+def test_report_prefers_the_comparison_given(): assert "only this one" in report(comparison=[dict(prompt="only this one", base="b", tuned="t")])
+
+def test_history_figure():
+    fig = history_figure(made_up_run(3000), max_points=500)
+    assert [t.name for t in fig.data] == ["loss of each step", "smoothed", "evaluation", "learning rate", "gradient norm"] and len(fig.data[0].x) <= 500
+    assert fig.data[4].yaxis == "y3" and json.loads(fig.to_json())
+    broken = history_figure([{"kind": "step", "step": i, "loss": None if i == 2 else 1.0} for i in (1, 2, 3)])
+    assert broken.data[0].y[1] is None
+    assert history_figure([]) is not None
+
+def test_views_import_nothing_heavy():
+    import subprocess, sys
+    code = "import sys, sftkit.view; print([m for m in ('torch', 'transformers', 'ipywidgets', 'plotly', 'IPython', 'pandas', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"

@@ -1,0 +1,264 @@
+"""The live view: which renderer, what is sent, how it ends, and that it never harms a run. No browser here; see test_browser.py."""
+import io, json, logging, sys, threading, time
+from pathlib import Path
+import pytest
+from made_up_run import made_up_run
+from sftkit import widgets
+from sftkit.recipe import RunError
+from sftkit.view import Progress
+from sftkit.widgets import HtmlRenderer, LiveView, Publisher, TerminalRenderer, WidgetRenderer, choose_renderer, clicks_arrive, live, make_renderer, watch
+
+
+def write(folder, events, pause=0.0):
+    folder.mkdir(exist_ok=True)
+    with open(folder/"events.jsonl", "a", encoding="utf-8") as f:
+        for e in events: f.write(json.dumps(e) + "\n"); f.flush(); time.sleep(pause)
+
+def view_threads(): return [t.name for t in threading.enumerate() if t.name.startswith("sftkit-view")]
+
+class Recorder:
+    "A renderer that remembers what it was told."
+    interval = 0.02
+    def __init__(self): self.events, self.calls, self.last = [], [], None
+    def start(self, progress): self.calls.append("start"); self.events += progress.steps
+    def push(self, events, progress): self.calls.append("push"); self.events += events
+    def finish(self, progress): self.calls.append("finish"); self.last = progress.facts()
+
+
+# --- which renderer
+
+class Kernel: _supports_kernel_subshells = True
+class Shell: kernel = Kernel()
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    for name in ("SFTKIT_RENDERER", "KAGGLE_KERNEL_RUN_TYPE", "DATABRICKS_RUNTIME_VERSION", "VSCODE_PID", "JPY_SESSION_NAME"): monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+@pytest.mark.parametrize("env, chosen", [({"JPY_SESSION_NAME": "x.ipynb"}, "widget"), ({"VSCODE_PID": "7"}, "widget"), ({}, "html"), ({"JPY_SESSION_NAME": "x", "KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, "html"),
+    ({"JPY_SESSION_NAME": "x", "DATABRICKS_RUNTIME_VERSION": "16"}, "html"), ({"SFTKIT_RENDERER": "plain"}, "plain"), ({"SFTKIT_RENDERER": "html", "JPY_SESSION_NAME": "x"}, "html")])
+def test_choice_in_a_kernel(nowhere, env, chosen):
+    nowhere.setattr(widgets, "_shell", Shell)
+    for k, v in env.items(): nowhere.setenv(k, v)
+    assert choose_renderer() == chosen
+
+def test_colab_gets_html(nowhere):
+    nowhere.setattr(widgets, "_shell", Shell); nowhere.setenv("JPY_SESSION_NAME", "x"); nowhere.setitem(sys.modules, "google.colab", object())
+    assert choose_renderer() == "html" and choose_renderer("widget") == "widget"
+
+def test_choice_in_a_script(nowhere):
+    nowhere.setattr(widgets, "_shell", lambda: None)
+    nowhere.setattr(sys, "stdout", io.StringIO())
+    assert choose_renderer() == "plain" and choose_renderer("widget") == "plain" and choose_renderer("terminal") == "terminal"
+    class Tty(io.StringIO):
+        def isatty(self): return True
+    nowhere.setattr(sys, "stdout", Tty())
+    assert choose_renderer() == "terminal"
+
+def test_unknown_renderer_names_the_nearest():
+    with pytest.raises(RunError, match="`wigdet` is not a renderer.*Did you mean `widget`"): choose_renderer("wigdet")
+
+def test_buttons_only_where_clicks_arrive(nowhere):
+    ask = lambda name: None
+    nowhere.setattr(widgets, "_shell", lambda: None); assert not clicks_arrive()
+    nowhere.setattr(widgets, "_shell", Shell); nowhere.setenv("JPY_SESSION_NAME", "x")
+    assert clicks_arrive() and make_renderer(on_request=ask).on_request is ask
+    nowhere.setenv("VSCODE_PID", "7"); assert not clicks_arrive() and clicks_arrive(blocking=False) and make_renderer(on_request=ask).on_request is None
+    nowhere.delenv("VSCODE_PID"); nowhere.setattr(Kernel, "_supports_kernel_subshells", False); assert not clicks_arrive() # ipykernel 6
+
+
+# --- the widget
+
+@pytest.fixture
+def sent(monkeypatch):
+    messages = []
+    monkeypatch.setattr(LiveView, "send", lambda self, content, buffers=None: messages.append(json.loads(json.dumps(content, allow_nan=False))))
+    return messages
+
+def test_messages_only_append(sent):
+    p = Progress(); v = LiveView("run", progress=p)
+    for chunk in ([{"kind": "step", "step": 1, "loss": 3.0, "lr": 1e-4, "grad_norm": 1.0, "tokens": 5, "seq_tokens": 10, "seconds": 0.5}], [{"kind": "step", "step": 2, "loss": float("nan")}], [{"kind": "eval", "step": 2, "loss": 2.5, "perplexity": 12.0}]):
+        p.add(chunk); v.push(chunk)
+    assert [m["seq"] for m in sent] == [1, 2, 3]
+    assert sent[0]["points"] == [[1, 3.0, 1e-4, 1.0, 20.0]] and sent[1]["points"] == [[2, None, None, None, None]] and sent[2]["points"] == [] and sent[2]["evals"] == [[2, 2.5]]
+    assert "marks" not in sent[2] and "samples" not in sent[2] # unchanged
+    v.close()
+
+def test_a_page_that_opens_later_gets_everything(sent):
+    p = Progress(made_up_run(10_000)); v = LiveView("run", progress=p)
+    v.push([]); h = v.get_state()["history"]
+    assert h["seq"] == 1 and len(h["points"]) <= 2000 and h["points"][-1][0] == 10_000 and h["facts"]["step"] == 10_000 and len(h["evals"]) == len(p.evals)
+    assert v.get_state("title") == {"title": "run"} and v.history == {} # not kept, not sent along with other traits
+    assert len(json.dumps(h, allow_nan=False)) < 150_000
+    v.close()
+
+def test_hostile_text_is_made_visible_on_the_way(sent):
+    v = LiveView("a\u202eb", progress=Progress([{"kind": "sample", "when": "before", "prompt": "p\u202e\x00", "text": "x" * 10_000}, {"kind": "plan", "model": "m\u2066"}]))
+    v.push([]); text = json.dumps(sent, ensure_ascii=False)
+    assert v.title == "a⟨U+202E⟩b" and "\u202e" not in text and "\u2066" not in text and len(text) < 5000
+    v.close()
+
+def test_a_click_only_asks(sent):
+    asked = []; v = LiveView("run", on_request=asked.append)
+    for content in ({"type": "request", "name": "stop"}, {"type": "request", "name": "rm -rf"}, {"type": "other"}, "junk", {"type": "request"}): v._asked(v, content, [])
+    assert asked == ["stop"] and sent == [{"taken": "stop"}] and v.commands == ["stop", "checkpoint"]
+    v.close()
+
+def test_a_refused_request_is_said(sent):
+    def refuse(name): raise RunError("Nothing is training here.")
+    v = LiveView("run", on_request=refuse); v._asked(v, {"type": "request", "name": "stop"}, [])
+    assert sent == [{"name": "stop", "refused": "Nothing is training here."}]; v.close()
+
+def test_no_callback_no_buttons(): v = LiveView("run"); assert v.commands == []; v.close()
+
+def test_closing_leaves_no_models():
+    import ipywidgets
+    before = set(ipywidgets.Widget._instances if hasattr(ipywidgets.Widget, "_instances") else ipywidgets.widgets.widget._instances)
+    LiveView("run", progress=Progress(made_up_run(5))).close()
+    assert set(ipywidgets.widgets.widget._instances) == before
+
+def test_a_reload_is_noticed(sent):
+    v = LiveView("run"); assert v.page_reloads == 0
+    v.get_state("title"); assert v.page_reloads == 0
+    v.get_state(); assert v.page_reloads == 1; v.close()
+
+def test_pushing_is_cheap(sent):
+    p = Progress(made_up_run(10_000)); v = LiveView("run", progress=p)
+    begin = time.perf_counter()
+    for i in range(50):
+        e = [{"kind": "step", "step": 10_001 + i, "loss": 1.0, "seconds": 0.1}]; p.add(e); v.push(e)
+    assert (time.perf_counter() - begin) / 50 < 0.02 # 2 ms here; at 5 a second this must stay noise
+    v.close()
+
+def test_live_js_is_shipped(): assert "export default" in LiveView._esm and (Path(widgets.__file__).parent/"live.js").exists()
+
+
+# --- the publisher
+
+def test_everything_arrives_once_and_in_order(tmp_path):
+    r, run = Recorder(), tmp_path/"run"
+    with live(run, renderer=r, total_hint=80): write(run, made_up_run(80), pause=0.001)
+    steps = [e["step"] for e in r.events if e["kind"] == "step"]
+    assert steps == list(range(1, 81)) and r.calls[0] == "start" and r.calls[-1] == "finish" and r.calls.count("finish") == 1 and "push" in r.calls
+    assert r.last["state"] == "finished" and view_threads() == []
+
+def test_half_a_line_waits(tmp_path):
+    run, r = tmp_path/"run", Recorder(); run.mkdir()
+    with live(run, renderer=r), open(run/"events.jsonl", "w") as f:
+        f.write('{"kind": "step", "st'); f.flush(); time.sleep(0.1); assert r.events == []
+        f.write('ep": 1, "loss": 2.0}\n'); f.flush()
+    assert [e["step"] for e in r.events] == [1]
+
+def test_line_separators_inside_text_do_not_split_events(tmp_path):
+    run, r = tmp_path/"run", Recorder(); run.mkdir()
+    with live(run, renderer=r): (run/"events.jsonl").write_text(json.dumps({"kind": "note", "level": "info", "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert r.last["note"] == "a\u2028b\x85c"
+
+def test_an_error_passes_through_and_is_shown(tmp_path):
+    r = Recorder()
+    with pytest.raises(ValueError, match="bad row"):
+        with live(tmp_path/"run", renderer=r): write(tmp_path/"run", made_up_run(3, state="")); raise ValueError("bad row")
+    assert (r.last["state"], r.last["error"]) == ("failed", "ValueError: bad row") and view_threads() == []
+
+def test_the_error_that_the_run_wrote_is_kept(tmp_path):
+    r = Recorder()
+    with pytest.raises(RuntimeError):
+        with live(tmp_path/"run", renderer=r): write(tmp_path/"run", made_up_run(3, state="failed")); raise RuntimeError("wrapped")
+    assert "CUDA out of memory" in r.last["error"]
+
+def test_an_interrupt_is_not_a_failure(tmp_path):
+    r = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        with live(tmp_path/"run", renderer=r): write(tmp_path/"run", made_up_run(3, state="")); raise KeyboardInterrupt
+    assert (r.last["state"], r.last["error"]) == ("interrupted", "") and view_threads() == []
+
+@pytest.mark.parametrize("where", ["start", "push", "finish"])
+def test_a_broken_renderer_never_breaks_training(tmp_path, caplog, where):
+    r = Recorder()
+    def fail(*args): raise OSError("no terminal")
+    setattr(r, where, fail)
+    with caplog.at_level(logging.WARNING, "sftkit"), live(tmp_path/"run", renderer=r):
+        write(tmp_path/"run", made_up_run(20), pause=0.004); trained = True
+    assert trained and [m.message for m in caplog.records] == [f"The view of {tmp_path/'run'} stopped: OSError: no terminal. The run is not affected."] and view_threads() == []
+
+def test_watch_follows_to_the_end(tmp_path):
+    run, r = tmp_path/"run", Recorder()
+    w = watch(run, renderer=r)
+    write(run, made_up_run(30), pause=0.002); w.join(5)
+    assert not w.is_alive() and r.last["step"] == 30 and r.calls[-1] == "finish"
+
+def test_watching_a_finished_run_ends_at_once(tmp_path):
+    write(tmp_path/"run", made_up_run(5)); r = Recorder()
+    watch(tmp_path/"run", renderer=r).join(5)
+    assert r.calls == ["start", "finish"] and r.last["state"] == "finished"
+
+def test_stop_watching(tmp_path):
+    stop, r = threading.Event(), Recorder(); w = watch(tmp_path/"run", renderer=r, stop=stop); stop.set(); w.join(5)
+    assert not w.is_alive() and r.calls[-1] == "finish"
+
+def test_ctrl_c_stops_watching_and_tidies_up(tmp_path, monkeypatch):
+    r = Recorder(); w = watch(tmp_path/"run", renderer=r); join = w.join
+    def interrupted(timeout=None):
+        monkeypatch.setattr(w, "join", join)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(w, "join", interrupted); w.wait()
+    assert not w.is_alive() and r.calls[-1] == "finish"
+
+def test_a_run_whose_process_is_gone_is_called_dead(tmp_path, monkeypatch):
+    run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
+    w = Publisher(run, r, until_end=True); monkeypatch.setattr(w.directory, "status", lambda: {"state": "died"})
+    w._quiet_since -= 10; w.start(); w.join(5)
+    assert not w.is_alive() and r.last["state"] == "died"
+
+
+# --- terminal and log
+
+def test_log_lines(tmp_path):
+    out = io.StringIO()
+    with live(tmp_path/"run", renderer=TerminalRenderer("run", bar=False, seconds=60, file=out)): write(tmp_path/"run", made_up_run(200), pause=0.004)
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) <= 4 and lines[-1].startswith("finished · step 200 · loss") and "\x1b" not in out.getvalue() # not a line per step
+
+def test_terminal_bar_shows_figures_and_leaves_one_line(tmp_path):
+    class Tty(io.StringIO):
+        def isatty(self): return True
+    out = Tty()
+    with live(tmp_path/"run", renderer=TerminalRenderer("my [bold]run[/]", file=out)): write(tmp_path/"run", made_up_run(150), pause=0.005)
+    text = out.getvalue()
+    assert "my [bold]run[/]" in text and "loss" in text and "150" in text and text.splitlines()[-1].endswith("memory peak 4.8 GiB") and "finished · step 150" in text
+
+def test_make_renderer_gives_what_was_chosen(nowhere):
+    nowhere.setattr(widgets, "_shell", Shell)
+    kinds = {n: type(make_renderer(n)) for n in ("widget", "html", "terminal", "plain")}
+    assert kinds == {"widget": WidgetRenderer, "html": HtmlRenderer, "terminal": TerminalRenderer, "plain": TerminalRenderer}
+
+
+# --- in a kernel, without a page
+
+CELL = """
+import json, sys, threading, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from made_up_run import made_up_run
+from sftkit.widgets import live
+run = Path({run!r}); run.mkdir()
+with live(run, renderer={renderer!r}), open(run/"events.jsonl", "w") as f:
+    for e in made_up_run({steps}):
+        f.write(json.dumps(e) + "\\n"); f.flush()
+        if e["kind"] == "step": time.sleep({pause})
+import ipywidgets
+print([t.name for t in threading.enumerate() if t.name.startswith("sftkit")], len(ipywidgets.widgets.widget._instances))
+"""
+
+@pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 50_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
+def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, most, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(Path(widgets.__file__).parent.parent))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.format(tests=str(Path(__file__).parent), run=str(tmp_path/"run"), renderer=renderer, steps=steps, pause=0.005 if steps < 1000 else 0))])
+    nbclient.NotebookClient(nb, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    saved = nbformat.writes(nb)
+    bundles = [o["data"] for o in nb.cells[0].outputs if "data" in o]
+    assert "[] 0" in nb.cells[0].outputs[-1]["text"] # no thread, no widget model left
+    assert "widget-view" not in saved and len(saved) < most, len(saved)
+    shown = [b for b in bundles if b["text/html"]]
+    assert len(shown) == 1 and f"step</span> <b" in shown[0]["text/html"] and shown[0]["text/plain"].startswith(f"finished · step {steps:,} ") and "data:image/svg+xml" in shown[0]["text/html"]
