@@ -104,9 +104,9 @@ def main():
         check(f"LoRA on {bits or 'unquantised'} base: adapter is fp32", {p.dtype for p in trained.parameters() if p.requires_grad} == {torch.float32})
         reloaded, tokenizer = load_trained(run.path, torch.bfloat16 if device.type == "cuda" else torch.float32, device, bits)
         ids = torch.tensor([tokenizer("turn on the light")["input_ids"]], device=device)
-        with torch.no_grad(): before, after = trained(ids).logits.float(), reloaded(ids).logits.float()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"): before, after = trained(ids).logits.float(), reloaded(ids).logits.float()
         gap = ((after - before).norm() / before.norm()).item()
-        check(f"LoRA on {bits or 'unquantised'} base: reloaded gives the same logits", gap < (0.02 if device.type == "cuda" else 1e-6), relative_gap=gap)
+        check(f"LoRA on {bits or 'unquantised'} base: reloaded gives the same logits", gap < (2e-3 if device.type == "cuda" else 1e-6), relative_gap=gap)
         del trained, reloaded
     check("int4 weights take a quarter of bf16's" if device.type == "cuda" else "int4 weights take an eighth of fp32's", peaks["int4"] * (3.9 if device.type == "cuda" else 7.8) < peaks[None], ratio=peaks[None] / peaks["int4"])
 

@@ -6,7 +6,7 @@
 __all__ = ['ChatTemplate', 'Span', 'Rendered', 'templates', 'resolve_template', 'missing_markers', 'check_messages',
            'render_prompt', 'render']
 
-# %% ../nbs/02_chat.ipynb #cfc5cbf5
+# %% ../nbs/02_chat.ipynb #f90e5d97
 import json, re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from .recipe import DataError, TemplateError, did_you_mean
 
-# %% ../nbs/02_chat.ipynb #e7cabb42
+# %% ../nbs/02_chat.ipynb #8e3e23c5
 @dataclass(frozen=True)
 class ChatTemplate:
     "A chat template: a Jinja source and the marker tokens it is written with."
@@ -24,7 +24,7 @@ class ChatTemplate:
     jinja:str # the Jinja source, as it is saved in the tokenizer
     markers:tuple[str,...]=() # tokens the tokenizer should have as special tokens, e.g. <|im_start|>
 
-# %% ../nbs/02_chat.ipynb #3d670a02
+# %% ../nbs/02_chat.ipynb #2faf9bce
 @dataclass(frozen=True)
 class Span:
     "A half-open range of characters with one role."
@@ -40,7 +40,7 @@ class Rendered:
     spans:tuple[Span,...] # who wrote what, and what is learned
     notes:tuple[str,...]=() # what the template does that the reader should know
 
-# %% ../nbs/02_chat.ipynb #e73105d9
+# %% ../nbs/02_chat.ipynb #20f69e8f
 _PLAIN_ROLES = """{% if tools %}{{ raise_exception('it has no format for tools') }}{% endif %}
 {% for message in messages %}
 {% if message['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('it has no format for a message of role ' + message['role']) }}{% endif %}
@@ -53,7 +53,7 @@ _TURNS = _PLAIN_ROLES + """{% if messages[0]['role'] == 'system' %}{% set system
 {{ raise_exception('roles must alternate user/assistant/user/..., after at most one system message') }}{% endif %}{% endfor %}
 """
 
-# %% ../nbs/02_chat.ipynb #c1b16e69
+# %% ../nbs/02_chat.ipynb #47d9ec9d
 _CHATML = _PLAIN_ROLES + """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -70,7 +70,7 @@ _LLAMA3 = _PLAIN_ROLES + """{{ bos_token or '' }}
 {%- endfor %}
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-# %% ../nbs/02_chat.ipynb #f298db1f
+# %% ../nbs/02_chat.ipynb #8295cd01
 _LLAMA = _TURNS + """{% if system %}{% set system = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' %}{% endif %}
 {% for message in turns %}
 {% if message['role'] == 'user' %}{{ bos_token or '' }}{{ '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
@@ -84,7 +84,7 @@ _MISTRAL = _TURNS + """{% if system %}{% set system = system + '\\n\\n' %}{% end
 {%- else %}{{ ' ' + message['content'] }}{{ eos_token or '' }}{% endif %}
 {% endfor %}"""
 
-# %% ../nbs/02_chat.ipynb #59da9025
+# %% ../nbs/02_chat.ipynb #cfa2ab45
 _VICUNA = _TURNS + """{% if not system %}{% set system = "A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions." %}{% endif %}
 {{ bos_token or '' }}{{ system + ' ' }}
@@ -105,7 +105,7 @@ Write a response that appropriately completes the request.' }}{% endif %}{% endi
 {% endfor %}
 {% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
 
-# %% ../nbs/02_chat.ipynb #22f1aecd
+# %% ../nbs/02_chat.ipynb #d1658e44
 def templates()->dict[str,ChatTemplate]: # by name
     "The built-in chat templates: chatml, zephyr, llama (Llama-2 chat), llama3, alpaca, vicuna (v1.1), mistral."
     header = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -114,7 +114,7 @@ def templates()->dict[str,ChatTemplate]: # by name
              ChatTemplate("vicuna", _VICUNA), ChatTemplate("mistral", _MISTRAL)]
     return {template.name: template for template in found}
 
-# %% ../nbs/02_chat.ipynb #82da182d
+# %% ../nbs/02_chat.ipynb #2bdaf62d
 def resolve_template(
     chat_template:str|None, # None, a built-in name, a Jinja source, or the path of a .jinja file
     tokenizer, # a transformers tokenizer
@@ -142,7 +142,7 @@ def _checked(template): # -> the same template, once its Jinja source has compil
         raise TemplateError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}. Correct the source, or name a built-in one: {', '.join(templates())}.") from error
     return template
 
-# %% ../nbs/02_chat.ipynb #d6933a5b
+# %% ../nbs/02_chat.ipynb #f370bc1d
 def missing_markers(
     template:ChatTemplate, # as from `resolve_template`
     tokenizer, # a transformers tokenizer
@@ -153,7 +153,7 @@ def missing_markers(
     ids = {marker: tokenizer.encode(marker, add_special_tokens=False) for marker in template.markers}
     return [marker for marker, found in ids.items() if len(found) != 1 or found[0] == unknown]
 
-# %% ../nbs/02_chat.ipynb #4480f900
+# %% ../nbs/02_chat.ipynb #0495f52f
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
           "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"}
 _FOLLOWS = {None: ("system", "user"), "system": ("user", "assistant"), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
@@ -186,7 +186,7 @@ def _short(value): # -> a few characters of any value, for messages
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
-# %% ../nbs/02_chat.ipynb #2a707caa
+# %% ../nbs/02_chat.ipynb #8051f8c0
 def _clean_message(message, where): # -> dict with role, content and whatever else the message carries
     if not isinstance(message, dict): raise DataError(f"{where} should be a dict with `role` and `content`, not {_short(message)}. Write {{'role': 'user', 'content': '...'}}.")
     given = {k: v for k, v in message.items() if v is not None}
@@ -205,7 +205,7 @@ def _clean_message(message, where): # -> dict with role, content and whatever el
     if calls and role != "assistant": raise DataError(f"{where}: a {role} message cannot call tools, only an assistant message can. Change its role, or drop `tool_calls`.")
     return {"role": role, "content": content or "", **given, **({"tool_calls": calls} if calls else {})}
 
-# %% ../nbs/02_chat.ipynb #0fb82493
+# %% ../nbs/02_chat.ipynb #d1631b48
 def _content(content, where): # -> str, or None when there is none
     if content is None or isinstance(content, str): return content
     if hasattr(content, "tolist"): content = content.tolist()
@@ -235,7 +235,7 @@ def _tool_calls(calls, where): # -> list of {"type", "function": {"name", "argum
         clean.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return clean
 
-# %% ../nbs/02_chat.ipynb #9f21255f
+# %% ../nbs/02_chat.ipynb #70ee034b
 _JINJA_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) # raise_exception and syntax; str + dict; apply_chat_template's own; range too big
 
 def _common(a, b): # -> length of the common prefix, by bisection
@@ -268,7 +268,7 @@ class _Writer:
     def usual(self): # -> `added` for a conversation of one user turn
         return self.added([{"role": "user", "content": [{"type": "text", "text": "Hello"}] if _wants_parts(self.template.jinja) else "Hello"}])
 
-# %% ../nbs/02_chat.ipynb #2fb4374f
+# %% ../nbs/02_chat.ipynb #afdd69ff
 @lru_cache(maxsize=64)
 def _wants_parts(jinja): # -> bool: does the template read content only as a list of parts (templates of vision models)?
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -292,7 +292,7 @@ def _arguments_as_text(message): # -> message whose tool calls carry JSON text
     calls = [{**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} for c in message.get("tool_calls", ())]
     return {**message, "tool_calls": calls} if calls else message
 
-# %% ../nbs/02_chat.ipynb #b79bac0e
+# %% ../nbs/02_chat.ipynb #803b77e4
 def render_prompt(
     messages, # clean messages, as from `check_messages`; an assistant message at the end is left out: it is what the model is to write
     template:ChatTemplate,
@@ -306,7 +306,7 @@ def render_prompt(
     writer = _Writer(template, tokenizer, tools)
     return writer.text(_formed(messages, writer), generation=True)
 
-# %% ../nbs/02_chat.ipynb #505165ce
+# %% ../nbs/02_chat.ipynb #14a8efe8
 class _Instrument(NodeTransformer):
     "Adds the calls of `_Tracer` to a template's syntax tree."
     def _call(self, name, *args): return nodes.Call(nodes.Name(f"sftkit_{name}", "load"), list(args), [], None, None)
@@ -327,7 +327,7 @@ def _instrumented(jinja): # -> compiled jinja2 template that calls sftkit_enter,
     tree = _Instrument().visit(env.parse(jinja)).set_environment(env).set_lineno(1)
     return env.template_class.from_code(env, env.compile(tree), env.make_globals(None))
 
-# %% ../nbs/02_chat.ipynb #7d63631a
+# %% ../nbs/02_chat.ipynb #f4c5510b
 class _Tracer:
     "Knows which message a template is writing, and marks each change in the output."
     def __init__(self, messages, mark):
@@ -344,7 +344,7 @@ class _Tracer:
         before = self._owner(); self.loops.pop()
         return "" if self._owner() == before else self._mark()
 
-# %% ../nbs/02_chat.ipynb #363e0750
+# %% ../nbs/02_chat.ipynb #9ba2e0a9
 def _regions(text, messages, writer): # -> {message index: [(start, end)]}, or None if the template cannot be followed
     "The characters that each message's loop rounds wrote, in text order."
     from transformers.utils import chat_template_utils as hf
@@ -367,7 +367,7 @@ def _regions(text, messages, writer): # -> {message index: [(start, end)]}, or N
         at += len(piece)
     return found
 
-# %% ../nbs/02_chat.ipynb #aeaf260a
+# %% ../nbs/02_chat.ipynb #ddb2bbce
 def _with_content(message, text): # -> message with another content in the same form
     return {**message, "content": text if isinstance(message.get("content"), str) else [{"type": "text", "text": text}]}
 
@@ -390,7 +390,7 @@ def _find_content(region, message, ends): # -> (start, end) of the content withi
         if at >= 0: return at, at + len(wanted)
     return None
 
-# %% ../nbs/02_chat.ipynb #1f9a08b4
+# %% ../nbs/02_chat.ipynb #bb9f5460
 def _header(region, history, writer): # -> length of the generation prompt at the start of `region`, or None
     "For a prompt that is no prefix of the text: how much of its end `region` has at its start."
     try: prompt, sent = writer.added(history) if history else writer.usual
@@ -405,7 +405,7 @@ def _header(region, history, writer): # -> length of the generation prompt at th
 def _overlap(sent, region): # -> length of the longest end of `sent` that starts `region`, blank ones aside
     return next((k for k in range(min(len(sent), len(region), 200), 0, -1) if sent.endswith(region[:k]) and region[:k].strip()), 0)
 
-# %% ../nbs/02_chat.ipynb #2435a9ef
+# %% ../nbs/02_chat.ipynb #0c5af1ff
 def _turn_end(text, start, end, message, ends, beyond): # -> where the trained part of text[start:end] ends
     "`beyond`: whether the end token may stand after `end`, because this is the message's last piece and no other reply starts there."
     body = text[start:end].rstrip()
@@ -420,7 +420,7 @@ def _end_after(text, at, ends): # -> past the end token that follows `at`, blank
     token = max((t for t in ends if rest.startswith(t)), key=len, default="")
     return len(text) - len(rest) + len(token) if token else at
 
-# %% ../nbs/02_chat.ipynb #33d54dfe
+# %% ../nbs/02_chat.ipynb #aebc52cf
 def render(
     messages, # clean messages, as from `check_messages`
     template:ChatTemplate,
@@ -440,7 +440,7 @@ def render(
     _check_kept(text, messages, regions, replies, writer)
     return Rendered(text, _spans(text, messages, regions, replies, writer), tuple(dict.fromkeys(notes)))
 
-# %% ../nbs/02_chat.ipynb #ca6812a0
+# %% ../nbs/02_chat.ipynb #f5f689b3
 def _reply_start(text, i, messages, piece, writer): # -> first trained character, and whether the prompt is a prefix of the text
     (start, end), prompt = piece, None
     if i:
@@ -470,7 +470,7 @@ def _reply(text, i, messages, regions, writer): # -> trained ranges of assistant
         notes.append(f"Chat template `{writer.template.name}`: no special token ends a reply, so the model does not learn where to stop.")
     return trained, notes
 
-# %% ../nbs/02_chat.ipynb #74b5eb12
+# %% ../nbs/02_chat.ipynb #5c03c978
 def _unused(text): # -> a private-use character that `text` does not contain
     return next(chr(c) for c in range(0xF0000, 0x10FFFE) if chr(c) not in text)
 
@@ -496,7 +496,7 @@ def _probed(text, messages, spoken, writer): # -> {assistant message index: [(st
         found[i] = [(len(prompt) if text.startswith(prompt) and len(prompt) <= place[0] else place[0], _end_after(text, place[1], writer.ends))]
     return found
 
-# %% ../nbs/02_chat.ipynb #d913a6ec
+# %% ../nbs/02_chat.ipynb #1d55ea4f
 def _check_kept(text, messages, regions, replies, writer): # raises TemplateError
     for i, message in enumerate(messages):
         region = "".join(text[a:b] for a, b in replies.get(i, regions.get(i, [])))
@@ -523,7 +523,7 @@ def _changes(text, i, messages, replies, writer): # -> bool: another content wou
     first, last = _common(text, other), len(text) - _common(text[::-1], other[::-1])
     return other != text and (not replies or i not in replies or any(a <= first and last <= b for a, b in replies[i]))
 
-# %% ../nbs/02_chat.ipynb #9f4749d3
+# %% ../nbs/02_chat.ipynb #50344022
 def _spans(text, messages, regions, replies, writer): # -> tuple of Span covering `text`
     spans = [Span(0, len(text), "template", False)] if text else []
     for ranges in replies.values():

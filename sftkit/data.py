@@ -7,7 +7,7 @@ __all__ = ['Row', 'plain', 'available_splits', 'read_rows', 'rows_hash', 'write_
            'detect_shape', 'conversation', 'aligned_tokens', 'Encoder', 'Encoded', 'encode_rows', 'split_rows',
            'text_blocks', 'collate', 'sample_data']
 
-# %% ../nbs/03_data.ipynb #e56c49b1
+# %% ../nbs/03_data.ipynb #f8dc78f0
 import ast, copy, csv, difflib, gzip, hashlib, importlib.resources, io, json, math, os, random, re, sys
 from dataclasses import dataclass
 from itertools import chain
@@ -16,14 +16,14 @@ import numpy as np
 from .recipe import DataError, ModelError, did_you_mean, write_atomic
 from .chat import check_messages, render, render_prompt, resolve_template
 
-# %% ../nbs/03_data.ipynb #62f4e1b6
+# %% ../nbs/03_data.ipynb #118a3b7c
 @dataclass(frozen=True)
 class Row:
     "One example as read, and where it was read: `chat.jsonl line 12`, or `row 3` of something in memory."
     value:dict
     where:str
 
-# %% ../nbs/03_data.ipynb #49b34794
+# %% ../nbs/03_data.ipynb #fa652324
 def plain(
     value, # anything a reader returns
 ): # str, int, float, bool, list, dict, or None for every kind of missing
@@ -40,7 +40,7 @@ def plain(
     if hasattr(value, "isoformat"): return None if value != value else value.isoformat()
     return None if type(value).__name__ == "NAType" else str(value)
 
-# %% ../nbs/03_data.ipynb #69db7e67
+# %% ../nbs/03_data.ipynb #f487917e
 _LIST_COLUMNS = "messages", "conversations", "tools"
 
 def _listed(
@@ -76,7 +76,7 @@ def _clean(
                         "which no tokenizer reads. Mend the row, or read the file yourself with errors=\"replace\" and give the list of rows.") from None
     return {k: _listed(v, k, where) if type(v) is str and "[" in v[:8] else v for k, v in value.items()}
 
-# %% ../nbs/03_data.ipynb #33a3f7c4
+# %% ../nbs/03_data.ipynb #e9a6fad3
 def _read_text(
     path:Path, # file, gzipped if its name ends in .gz
 )->str: # decoded text
@@ -108,7 +108,7 @@ def _read_jsonl(
             raise DataError(f"{where} is not valid JSON: {what}{at}, in {line.strip()[:80]!r}. Each line must be one whole JSON object; mend or delete this line.") from None
     return rows
 
-# %% ../nbs/03_data.ipynb #d48a3bad
+# %% ../nbs/03_data.ipynb #04798138
 def _columns_to_records(
     table:dict, # column -> list, or column -> {index: cell}
 )->list|None: # records, or None if this is no table
@@ -134,7 +134,7 @@ def _read_json(
     if not isinstance(found, list): raise DataError(f"{path.name} holds a {type(found).__name__}. It should be a list of objects, [{{\"text\": \"...\"}}, ...].")
     return [(record, f"{path.name} row {i}") for i, record in enumerate(found, 1)]
 
-# %% ../nbs/03_data.ipynb #b064b122
+# %% ../nbs/03_data.ipynb #a9c2464e
 def _read_csv(
     path:Path, # .csv or .tsv file
     text:str, # its text
@@ -187,7 +187,7 @@ def _read_file(
     if not rows: raise DataError(f"{path} holds no rows, only {'a header' if kind in ('.csv', '.tsv') else 'an empty table'}.")
     return rows
 
-# %% ../nbs/03_data.ipynb #378ed989
+# %% ../nbs/03_data.ipynb #023eb5ad
 _ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
 
 def _split_name(
@@ -235,7 +235,7 @@ def _choose_split(
         raise DataError(f"{source} {asked}. Splits: {', '.join(names)}.{did_you_mean(split or '', names)}")
     return found
 
-# %% ../nbs/03_data.ipynb #36e4ce8f
+# %% ../nbs/03_data.ipynb #f545703e
 def _in_memory(
     source, # anything that is not a path
 )->list|dict|None: # records; or {split: source} for a dict of splits; or None if not recognised
@@ -277,7 +277,7 @@ def _missing(
     hint = f" Did you mean `{parent / near[0]}`?" if near else f" In {parent.resolve()}: {', '.join(names[:8]) or 'nothing'}."
     return DataError(f"There is no data at {path}.{hint} Accepted: {', '.join(_READERS)}, a folder of these, or a Hub id \"org/name\".")
 
-# %% ../nbs/03_data.ipynb #692b9098
+# %% ../nbs/03_data.ipynb #983a397b
 def _open(
     source, # path, Hub id, DataFrame, list of dicts, Dataset, DatasetDict
 )->dict: # split -> list of files, or an in-memory source
@@ -317,7 +317,7 @@ def read_rows(
     if not records: raise DataError(f"The data holds no rows ({type(source).__name__} of length 0).")
     return [Row(_clean(record, where), where) for record, where in records]
 
-# %% ../nbs/03_data.ipynb #88e148d8
+# %% ../nbs/03_data.ipynb #5ff41f62
 def _canonical(
     value, # a plain value
 ): # the same with every scalar as text and empty cells dropped
@@ -350,7 +350,7 @@ def store_rows(
     "Write rows unless they are there already."
     return Path(path) if Path(path).exists() else write_rows(rows, path)
 
-# %% ../nbs/03_data.ipynb #f0973853
+# %% ../nbs/03_data.ipynb #e5b33d7f
 def map_rows(
     rows:list[Row], # rows in order
     fn, # dict -> dict, list of dicts, or None (drop the row)
@@ -368,7 +368,7 @@ def map_rows(
             out.append(Row(_clean(value, row.where), row.where))
     return out
 
-# %% ../nbs/03_data.ipynb #7b50fa4a
+# %% ../nbs/03_data.ipynb #36c1d442
 @dataclass(frozen=True)
 class Shape:
     "What rows are: `kind` \"messages\", \"pair\" or \"text\"; the `columns` used, first the content; `notes` on what was passed over."
@@ -400,7 +400,7 @@ def _column_kind(
         raise DataError(f"{first[odd].where}: column `{name}` holds {words[odd]} ({shown}){rest}. Every row needs text, or every row a list of messages; mend the row, or convert it with .map(fn).")
     return usual
 
-# %% ../nbs/03_data.ipynb #29ed6123
+# %% ../nbs/03_data.ipynb #aa74a8b2
 def _layouts(
     columns, # names there are
 )->list[tuple]: # the known layouts these columns complete, in order of preference
@@ -432,7 +432,7 @@ def detect_shape(
              for other in layouts if other != main]
     return Shape("messages" if chat else "pair" if len(main) == 2 else "text", main + tuple(extra), tuple(notes))
 
-# %% ../nbs/03_data.ipynb #de392888
+# %% ../nbs/03_data.ipynb #23ccc523
 def _text(
     value, # a cell
     column:str, # its name
@@ -475,7 +475,7 @@ def conversation(
     given = messages and isinstance(messages[0], dict) and "system" in (messages[0].get("role"), messages[0].get("from"))
     return [{"role": "system", "content": system}, *messages] if system and not given else messages
 
-# %% ../nbs/03_data.ipynb #a31b7152
+# %% ../nbs/03_data.ipynb #59f81549
 def _blank(
     row:dict, # a row's value
     shape:Shape, # what the rows are
@@ -484,7 +484,7 @@ def _blank(
     pair = shape.columns[:2] if shape.columns[:2] in _LAYOUTS[2:] else ()
     return any(not str(row.get(column) or "").strip() and row.get(column) != 0 for column in pair)
 
-# %% ../nbs/03_data.ipynb #4e74c90e
+# %% ../nbs/03_data.ipynb #f0a24cac
 def _tokenize(
     tokenizer, # a fast tokenizer
     texts:list[str], # texts
@@ -513,7 +513,7 @@ def _anchor_ids(
     table[hard] = True
     return table
 
-# %% ../nbs/03_data.ipynb #864463d5
+# %% ../nbs/03_data.ipynb #299ce462
 def _continuation(
     tokenizer, # a fast tokenizer
     ids:list[int], # tokens of `text[:start]`
@@ -553,7 +553,7 @@ def _stepwise(
         cuts.append(len(ids)); start = end
     return ids, places, cuts[:-1]
 
-# %% ../nbs/03_data.ipynb #5800d488
+# %% ../nbs/03_data.ipynb #557e77db
 def aligned_tokens(
     tokenizer, # a fast tokenizer
     anchors:np.ndarray, # from `_anchor_ids`
@@ -580,7 +580,7 @@ def aligned_tokens(
         else: out.append(_stepwise(tokenizer, text, cuts) or (ids, places, [None] * len(cuts)))
     return out
 
-# %% ../nbs/03_data.ipynb #23551c56
+# %% ../nbs/03_data.ipynb #6d6b8ecc
 @dataclass(slots=True)
 class _Tokens:
     "One row as tokens, before truncation."
@@ -617,7 +617,7 @@ def _own_tokens(
     if at is None: return [i for i in full if i == tokenizer.bos_token_id], []
     return list(full[:at]), list(full[at + len(bare):])
 
-# %% ../nbs/03_data.ipynb #4632a7e6
+# %% ../nbs/03_data.ipynb #0af5bbb9
 class Encoder:
     "The one path from a row to tokens and labels. `encode_rows`, preview, statistics and generation all go through it."
     def __init__(self,
@@ -750,7 +750,7 @@ def _last_reply(
     "Where the last answer stands."
     return max(i for i, m in enumerate(messages) if m["role"] == "assistant")
 
-# %% ../nbs/03_data.ipynb #1b7cd13c
+# %% ../nbs/03_data.ipynb #15758f3a
 @dataclass(frozen=True)
 class Encoded:
     "Rows ready for training. `examples`: dicts of input_ids, labels ((n,) int32), length, where; `stats`: see `encode_rows`."
@@ -802,7 +802,7 @@ def encode_rows(
     if not examples: raise _nothing_trained(stats, needed, encoder.max_seq_length)
     return Encoded(examples, stats)
 
-# %% ../nbs/03_data.ipynb #4cd4bdd7
+# %% ../nbs/03_data.ipynb #d54b022d
 def _content(
     row:Row, # a row
     columns, # columns that count, or None for all
@@ -848,7 +848,7 @@ def split_rows(
         raise DataError(f"{len(rows)} rows cannot be split for validation: all have the same content, and a duplicate must not be on both sides. Add other rows, or give a validation file.")
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
-# %% ../nbs/03_data.ipynb #ced97170
+# %% ../nbs/03_data.ipynb #e3d9a4cc
 def text_blocks(
     examples, # `Encoded` or its examples, of kind "text"
     block_size:int, # tokens a block
@@ -866,7 +866,7 @@ def text_blocks(
         blocks.append(dict(input_ids=block, labels=labels, length=len(block), where=f"block {len(blocks) + 1}"))
     return blocks
 
-# %% ../nbs/03_data.ipynb #d0345172
+# %% ../nbs/03_data.ipynb #66723058
 def collate(
     examples, # dicts of input_ids and labels
     pad_token_id:int, # any id; pads are masked
@@ -885,7 +885,7 @@ def collate(
         batch["attention_mask"][i, at], batch["position_ids"][i, at] = 1, np.arange(n)
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
 
-# %% ../nbs/03_data.ipynb #9c18b60d
+# %% ../nbs/03_data.ipynb #a2925266
 def sample_data()->Path: # folder with train.jsonl and test.jsonl
     "The sample data that is packaged with sftkit."
     return Path(str(importlib.resources.files("sftkit"))) / "sample"

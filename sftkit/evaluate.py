@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inference', 'perplexity', 'generate', 'stream', 'exact_match', 'bleu', 'rouge', 'base_model', 'evaluate']
 
-# %% ../nbs/06_evaluate.ipynb #3dbfbba8
+# %% ../nbs/06_evaluate.ipynb #830139a1
 import importlib.util, math, queue, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from .data import collate
 from .model import causal_lm, token_loss_sum
 from .recipe import DataError, ModelError, did_you_mean
 
-# %% ../nbs/06_evaluate.ipynb #78d9fa87
+# %% ../nbs/06_evaluate.ipynb #bab20e77
 @contextmanager
 def inference(
     model, # any torch module; put in eval mode inside the block
@@ -28,10 +28,10 @@ def inference(
     finally:
         for module, flag in flags: module.training = flag
 
-# %% ../nbs/06_evaluate.ipynb #3ea0b7a9
+# %% ../nbs/06_evaluate.ipynb #bbe3d5a3
 def _device(model): return model.get_input_embeddings().weight.device
 
-# %% ../nbs/06_evaluate.ipynb #843079ab
+# %% ../nbs/06_evaluate.ipynb #cae80dcc
 def perplexity(
     model, # a causal language model, with or without adapter
     examples:list[dict], # each {"input_ids", "labels"}: lists of equal length; label -100 is not scored, nor is the first token
@@ -51,7 +51,7 @@ def perplexity(
     loss = nats / tokens
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "trained_tokens": tokens}
 
-# %% ../nbs/06_evaluate.ipynb #6367b578
+# %% ../nbs/06_evaluate.ipynb #01a18312
 _owned = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"} # decided here, not by the caller
 _chance = ("temperature", "top_k", "top_p", "min_p", "typical_p") # naming one of these asks for sampling
 
@@ -66,7 +66,7 @@ def _generation_config(max_new_tokens, stop_ids, sampling):
     if do_sample: kept.setdefault("top_k", 0) # transformers would cut to the 50 likeliest tokens without being asked
     return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample, eos_token_id=sorted(stop_ids) or None, pad_token_id=0, use_cache=True, **kept)
 
-# %% ../nbs/06_evaluate.ipynb #1f841a22
+# %% ../nbs/06_evaluate.ipynb #09bbc13f
 def _stop_ids(model, tokenizer, stop_ids):
     if stop_ids is not None: return set(stop_ids)
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -81,7 +81,7 @@ def _room(model, prompts, max_new_tokens):
         if room[i] < 1 <= max_new_tokens: raise DataError(f"Prompt {i} has {len(ids)} tokens; this model reads {most} in all, which leaves no room for an answer. Shorten the prompt.")
     return room
 
-# %% ../nbs/06_evaluate.ipynb #5a14a190
+# %% ../nbs/06_evaluate.ipynb #761da2a0
 def _new_ids(model, prompts, stop_ids, max_new_tokens, sampling, **engine):
     "Token ids generated behind each of `prompts` (one batch), as transformers returns them: up to and past the stop token."
     config = _generation_config(max_new_tokens, stop_ids, sampling)
@@ -99,7 +99,7 @@ def _text(tokenizer, ids, stop_ids, skip_special_tokens):
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/06_evaluate.ipynb #f99413a1
+# %% ../nbs/06_evaluate.ipynb #306a5594
 def generate(
     model, # a causal language model, with or without adapter; left as it was
     tokenizer, # decodes; its eos is a stop token unless `stop_ids` is given
@@ -126,7 +126,7 @@ def generate(
             if on_text: on_text(i, texts[i])
     return texts
 
-# %% ../nbs/06_evaluate.ipynb #52f9f6ed
+# %% ../nbs/06_evaluate.ipynb #7be7c761
 class _Pieces:
     "What transformers hands each new token to (its streamer protocol: `put`, `end`); makes a queue of text pieces of it."
     def __init__(self, tokenizer, stop_ids, skip_special_tokens):
@@ -148,7 +148,7 @@ class _Pieces:
         if text[self.sent:]: self.queue.put(text[self.sent:])
         self.sent = len(text)
 
-# %% ../nbs/06_evaluate.ipynb #8b68ab49
+# %% ../nbs/06_evaluate.ipynb #1264150d
 def _stream(model, prompt, stop_ids, max_new_tokens, sampling, pieces):
     halt = threading.Event()
     def halted(input_ids, scores, **_): return torch.full((len(input_ids),), halt.is_set(), device=input_ids.device)
@@ -174,7 +174,7 @@ def stream(
     room, = _room(model, [prompt_ids], max_new_tokens)
     return _stream(model, prompt_ids, stops, room, sampling, _Pieces(tokenizer, stops, skip_special_tokens))
 
-# %% ../nbs/06_evaluate.ipynb #a0950afd
+# %% ../nbs/06_evaluate.ipynb #f417949e
 def _check_pairs(name, predictions, references):
     if len(predictions) != len(references): raise DataError(f"{name} of {len(predictions)} predictions against {len(references)} references: one reference per prediction is needed.")
     if not len(predictions): raise DataError(f"{name} of no predictions: give at least one row.")
@@ -208,7 +208,7 @@ def rouge(
     scores = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
     return {kind: sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
 
-# %% ../nbs/06_evaluate.ipynb #9aef066a
+# %% ../nbs/06_evaluate.ipynb #424c0620
 @contextmanager
 def base_model(
     model, # a model with a PEFT adapter
@@ -224,7 +224,7 @@ def base_model(
         raise ModelError(f"{type(model).__name__} has no adapter, so there is no base model behind it: all its weights were trained. A model from `peft` is accepted. "
             "To compare with the base, load it apart: `AutoModelForCausalLM.from_pretrained(base)`.")
 
-# %% ../nbs/06_evaluate.ipynb #12c7dc24
+# %% ../nbs/06_evaluate.ipynb #9e49e081
 _packages = {"bleu": "sacrebleu", "rouge": "rouge_score"}
 _generated = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
@@ -239,7 +239,7 @@ def _check_metrics(metrics):
             raise DataError(f"The metric `{name}` needs a package that is not installed. Type: pip install {_packages[name].replace('_', '-')}")
     return names
 
-# %% ../nbs/06_evaluate.ipynb #01b7fe7a
+# %% ../nbs/06_evaluate.ipynb #74106c87
 def _predict(model, tokenizer, rows, encoder, batch_size, max_new_tokens, stop_ids):
     prompts, references = [encoder.prompt(value) for value, _ in rows], [encoder.reference(value) for value, _ in rows]
     for (_, where), prompt, reference in zip(rows, prompts, references):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['memory_limit', 'read_memory']
 
-# %% ../nbs/05_memory.ipynb #cc52ab22
+# %% ../nbs/05_memory.ipynb #0dd9a2dd
 import resource, sys
 from pathlib import Path
 import psutil, torch
 
-# %% ../nbs/05_memory.ipynb #19e0726c
+# %% ../nbs/05_memory.ipynb #aedfc86f
 def memory_limit()->int: # bytes
     "Memory this process may use on the CPU side: the container's limit if there is one, else the machine's memory."
     total = psutil.virtual_memory().total
@@ -19,7 +19,7 @@ def memory_limit()->int: # bytes
         if text.isdigit(): total = min(total, int(text))
     return total
 
-# %% ../nbs/05_memory.ipynb #ca1f47fb
+# %% ../nbs/05_memory.ipynb #6ff2ef74
 def read_memory(
     device:torch.device, # the device that trains
 )->dict: # device name and sizes in bytes: allocated, reserved, peak, limit, and rss of the process

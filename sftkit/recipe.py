@@ -6,12 +6,12 @@
 __all__ = ['SftkitError', 'RecipeError', 'DataError', 'TemplateError', 'ModelError', 'RunError', 'did_you_mean', 'write_atomic',
            'Recipe', 'recipe_fields', 'unknown_field', 'check_fields', 'raise_all', 'conflicts', 'parse_args']
 
-# %% ../nbs/00_recipe.ipynb #7c12d0e5
+# %% ../nbs/00_recipe.ipynb #921732c2
 import dataclasses, difflib, math, os, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../nbs/00_recipe.ipynb #a605fa68
+# %% ../nbs/00_recipe.ipynb #8422c694
 class SftkitError(Exception):
     "Base of every error sftkit raises on purpose; its text is the whole message."
 class RecipeError(SftkitError):
@@ -25,7 +25,7 @@ class ModelError(SftkitError):
 class RunError(SftkitError):
     "A run directory in a state that does not allow what was asked."
 
-# %% ../nbs/00_recipe.ipynb #0ccd6c4e
+# %% ../nbs/00_recipe.ipynb #032639de
 def did_you_mean(
     name:str, # what was given
     choices, # iterable of accepted names
@@ -34,13 +34,13 @@ def did_you_mean(
     near = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1, cutoff=0.5)
     return f" Did you mean `{near[0]}`?" if near else ""
 
-# %% ../nbs/00_recipe.ipynb #0bfd894a
+# %% ../nbs/00_recipe.ipynb #0c41bc53
 def _opt(default, group, doc, **limits):
     "A recipe field. `limits`: choices, low, high (both inclusive), above (exclusive), below (exclusive)."
     metadata = dict(group=group, doc=doc, **limits)
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
-# %% ../nbs/00_recipe.ipynb #ebd943a1
+# %% ../nbs/00_recipe.ipynb #bb0d0ee1
 def write_atomic(
     path:Path, # the file to write or replace
     text:str, # its whole content
@@ -52,11 +52,11 @@ def write_atomic(
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(aside, path)
 
-# %% ../nbs/00_recipe.ipynb #a1edfc45
+# %% ../nbs/00_recipe.ipynb #fdde11c7
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit")
 _SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
-# %% ../nbs/00_recipe.ipynb #6c8ec8d0
+# %% ../nbs/00_recipe.ipynb #b655c2c2
 @dataclass(frozen=True, init=False)
 class Recipe:
     """All choices of one run, checked. `Recipe(model=..., data_path=..., project_name=...)` is enough; the rest are defaults.
@@ -176,7 +176,7 @@ class Recipe:
         values.pop("about", None)
         return cls(**values)
 
-# %% ../nbs/00_recipe.ipynb #556f0996
+# %% ../nbs/00_recipe.ipynb #7a31615a
 def recipe_fields()->dict[str, dataclasses.Field]: # name -> field, in order
     "The fields of a `Recipe`, with `metadata` holding group, doc and limits."
     return {f.name: f for f in dataclasses.fields(Recipe)}
@@ -186,7 +186,7 @@ def _types(f):
     hint = typing.get_type_hints(Recipe)[f.name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
-# %% ../nbs/00_recipe.ipynb #4bd83a30
+# %% ../nbs/00_recipe.ipynb #552a69c1
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 def _to_number(value, integral):
@@ -198,7 +198,7 @@ def _to_number(value, integral):
     if number == int(number) and (integral or not isinstance(value, float)): return int(number)
     return None if integral else number
 
-# %% ../nbs/00_recipe.ipynb #54ca49a1
+# %% ../nbs/00_recipe.ipynb #f49c3838
 def _convert(f, value):
     "`value` as the type of field `f`; raises ValueError naming what is accepted."
     accepted, choices = _types(f), f.metadata.get("choices")
@@ -216,7 +216,7 @@ def _convert(f, value):
     names = {str: "text", int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
     raise ValueError(" or ".join(names[t] for t in accepted))
 
-# %% ../nbs/00_recipe.ipynb #3cf3e8b3
+# %% ../nbs/00_recipe.ipynb #833a775c
 def _limit(f, value):
     "What is wrong with `value` for field `f`, or None."
     m = f.metadata
@@ -227,7 +227,7 @@ def _limit(f, value):
     if "high" in m and value > m["high"]: return f"at most {m['high']}."
     if "below" in m and value >= m["below"]: return f"less than {m['below']}."
 
-# %% ../nbs/00_recipe.ipynb #c28d0e8a
+# %% ../nbs/00_recipe.ipynb #0c38c478
 _ALSO_KNOWN_AS = dict(
     learning_rate="lr", num_train_epochs="epochs", num_epochs="epochs", per_device_train_batch_size="batch_size", micro_batch_size="batch_size",
     gradient_accumulation_steps="gradient_accumulation", max_length="max_seq_length", sequence_len="max_seq_length", cutoff_len="max_seq_length", optim="optimizer",
@@ -236,7 +236,7 @@ _ALSO_KNOWN_AS = dict(
     load_in_8bit="quantization", bf16="mixed_precision", fp16="mixed_precision", report_to="log", template="chat_template", temperature="distill_temperature", teacher="teacher_model",
     per_device_eval_batch_size="eval_batch_size", padding_side="padding", flash_attention="use_flash_attention_2", attn_implementation="use_flash_attention_2", metrics="eval_metrics")
 
-# %% ../nbs/00_recipe.ipynb #668494a3
+# %% ../nbs/00_recipe.ipynb #08c01284
 def unknown_field(
     name:str, # a name that is no field of the recipe
 )->str: # one sentence
@@ -245,7 +245,7 @@ def unknown_field(
     meant = _ALSO_KNOWN_AS.get(near[0], near[0]) if near else None
     return f"`{name}` is not a parameter." + (f" Did you mean `{meant}`?" if meant else f" Parameters: {', '.join(recipe_fields())}.")
 
-# %% ../nbs/00_recipe.ipynb #70fa3a47
+# %% ../nbs/00_recipe.ipynb #9c52a5b3
 def check_fields(
     values:dict, # field name -> value as given
 )->tuple[dict, list]: # values brought to their types, and the mistakes found, a sentence each
@@ -261,7 +261,7 @@ def check_fields(
         if wrong := _limit(fields[name], good[name]): mistakes.append(f"`{name}` is {value!r}; accepted: {wrong}")
     return good, mistakes
 
-# %% ../nbs/00_recipe.ipynb #c3a07b73
+# %% ../nbs/00_recipe.ipynb #8393d350
 def raise_all(
     mistakes:list, # sentences
     error=RecipeError, # the type raised
@@ -270,7 +270,7 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
-# %% ../nbs/00_recipe.ipynb #39f2e5c3
+# %% ../nbs/00_recipe.ipynb #e54753b3
 def _engines_to_come(r):
     asked = dict(use_distillation=r.use_distillation, packing=r.packing, unsloth=r.unsloth, use_enhanced_eval=r.use_enhanced_eval, eval_save_predictions=r.eval_save_predictions,
                  merge_adapter=r.merge_adapter, early_stopping_patience=r.early_stopping_patience is not None, log=r.log != "none", distributed_backend=r.distributed_backend is not None,
@@ -278,7 +278,7 @@ def _engines_to_come(r):
                  init_lora_weights=r.init_lora_weights == "loftq")
     return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
 
-# %% ../nbs/00_recipe.ipynb #3b8ab096
+# %% ../nbs/00_recipe.ipynb #e140ba71
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
@@ -295,7 +295,7 @@ def conflicts(
     if r.trainer != "sft" and ":" not in r.trainer: found.append(f"`trainer` is {r.trainer!r}; accepted: `sft`, or `module:Class` of a subclass of `sftkit.training.Trainer`.")
     return found
 
-# %% ../nbs/00_recipe.ipynb #a796b070
+# %% ../nbs/00_recipe.ipynb #6e647e11
 def _flag(name, value):
     dashed = name.replace("_", "-")
     if value is True: return [f"--{dashed}"]
@@ -303,7 +303,7 @@ def _flag(name, value):
     text = "none" if value is None else str(value)
     return [f"--{dashed}={text}"] if text.startswith("--") else [f"--{dashed}", text]
 
-# %% ../nbs/00_recipe.ipynb #93b0d52e
+# %% ../nbs/00_recipe.ipynb #fbd8a08a
 def _flag_value(text, rest):
     "(field, value, how many of `rest` it used) for the flag `text`; ValueError with a sentence if it is none."
     name, eq, value = text[2:].partition("=")
@@ -317,7 +317,7 @@ def _flag_value(text, rest):
     if follows is None: raise ValueError(f"`--{name.replace('_', '-')}` needs a value: {fields[name].metadata['doc']}.")
     return name, follows, 1
 
-# %% ../nbs/00_recipe.ipynb #1e725c9f
+# %% ../nbs/00_recipe.ipynb #00ec92fd
 def parse_args(
     args:list, # words of a command line, e.g. ["--model", "gpt2", "--peft"]
 )->dict: # field name -> value as text (or a bool, from a switch)

@@ -6,7 +6,7 @@
 __all__ = ['Prepared', 'prepare', 'Batches', 'train_loader', 'training_arguments', 'Engine', 'NonFiniteLoss', 'Recorder',
            'stop_on_interrupt', 'claim', 'about', 'Trainer', 'trainer_class', 'sample_prompts', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #cf6df6c0
+# %% ../nbs/07_training.ipynb #cae1e911
 import contextlib, functools, hashlib, importlib, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from .events import EventLog, RunDirectory, flush_folder, this_process
 from .memory import read_memory
 from .recipe import DataError, ModelError, Recipe, RunError, SftkitError, write_atomic
 
-# %% ../nbs/07_training.ipynb #38dc28f9
+# %% ../nbs/07_training.ipynb #96e45a44
 @dataclass(frozen=True)
 class Prepared:
     "Data and tokenizer of a run, ready to train on."
@@ -59,7 +59,7 @@ class Prepared:
         per_epoch = math.ceil(batches / r.gradient_accumulation)
         return per_epoch, r.max_steps if r.max_steps > 0 else math.ceil(r.epochs * per_epoch)
 
-# %% ../nbs/07_training.ipynb #1608ae01
+# %% ../nbs/07_training.ipynb #8a95c628
 def _load_rows(r, given, given_valid, preprocess):
     "(training rows, validation rows), mapped; from the recipe's paths or the rows given."
     mapped = lambda rows: map_rows(rows, preprocess) if preprocess else rows
@@ -69,7 +69,7 @@ def _load_rows(r, given, given_valid, preprocess):
     if r.valid_split: return split_rows(rows, r.valid_split, r.seed)
     return rows, []
 
-# %% ../nbs/07_training.ipynb #02a92f32
+# %% ../nbs/07_training.ipynb #49dbe482
 def prepare(
     r:Recipe,
     rows:list|None=None, # Row objects to use instead of reading `r.data_path`
@@ -110,31 +110,37 @@ def _losses(name, stats, limit):
     yield from stats.get("notes", ())
     if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {shown(empty)}."
 
-# %% ../nbs/07_training.ipynb #09cbff70
+# %% ../nbs/07_training.ipynb #4dd7e2a9
 class Batches(torch.utils.data.Sampler):
-    "Yields lists of row numbers: a shuffled epoch cut into batches. A later packing strategy belongs here."
-    drop_last = False
+    "Yields lists of row numbers: a shuffled epoch cut into batches of rows alike in length. Another way to form batches belongs here."
+    drop_last, window = False, 8
 
     def __init__(self,
-        rows:int, # number of examples
+        lengths:list, # tokens of each example
         batch_size:int, # examples per batch; the last batch may be smaller
         seed:int,
     ):
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
-    def __len__(self)->int: return math.ceil(self.rows / self.batch_size)
-    def __iter__(self):
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)).tolist()
-        return (order[i:i + self.batch_size] for i in range(0, self.rows, self.batch_size))
+    def __len__(self)->int: return math.ceil(len(self.lengths) / self.batch_size)
 
-# %% ../nbs/07_training.ipynb #32024c64
+    def __iter__(self):
+        random, n, size = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch), len(self.lengths), self.batch_size
+        order, span = torch.randperm(n, generator=random).tolist(), self.batch_size * self.window
+        short = order[n - n % size:]                                 # the smaller batch comes last
+        order = [i for start in range(0, n - n % size, span) for i in sorted(order[start:min(start + span, n - n % size)], key=lambda i: self.lengths[i])]
+        batches = [order[i:i + size] for i in range(0, len(order), size)]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+        return iter(batches + [short] * bool(short))
+
+# %% ../nbs/07_training.ipynb #1c71e064
 def train_loader(
     data:Prepared,
 )->torch.utils.data.DataLoader: # batches: input_ids, attention_mask, labels, position_ids (batch, seq) int64, rows (batch,) int64
     "The loader that training uses."
     r = data.recipe
-    return torch.utils.data.DataLoader(_Numbered(data.train.examples), batch_sampler=Batches(len(data.train.examples), r.batch_size, r.seed),
+    return torch.utils.data.DataLoader(_Numbered(data.train.examples), batch_sampler=Batches([e["length"] for e in data.train.examples], r.batch_size, r.seed),
                                        collate_fn=functools.partial(_collate, pad=data.tokenizer.pad_token_id, side=r.padding))
 
 class _Numbered(torch.utils.data.Dataset):
@@ -146,7 +152,7 @@ class _Numbered(torch.utils.data.Dataset):
 def _collate(numbered, pad, side):
     return {**collate([e for _, e in numbered], pad, side), "rows": torch.tensor([i for i, _ in numbered])}
 
-# %% ../nbs/07_training.ipynb #56d44450
+# %% ../nbs/07_training.ipynb #bc745655
 def training_arguments(
     data:Prepared,
     run:RunDirectory,
@@ -166,7 +172,7 @@ def training_arguments(
             fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False, report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
             remove_unused_columns=False, average_tokens_across_devices=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **saving, **evaluating)
 
-# %% ../nbs/07_training.ipynb #e9b26c37
+# %% ../nbs/07_training.ipynb #ea4c7549
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
@@ -252,11 +258,11 @@ class Engine(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         save_model(self.model, self.data_prepared.tokenizer, output_dir, self.data_prepared.stop_ids)
 
-# %% ../nbs/07_training.ipynb #ec2ad918
+# %% ../nbs/07_training.ipynb #99e4eb22
 class NonFiniteLoss(ModelError):
     "The loss or the gradient became infinite or not-a-number; the message names the step and its rows."
 
-# %% ../nbs/07_training.ipynb #c1256653
+# %% ../nbs/07_training.ipynb #9e34d2de
 class Recorder(TrainerCallback):
     "Writes the events of a run from its main process and carries out what is asked of it."
     def __init__(self, engine:Engine):
@@ -318,7 +324,7 @@ class Recorder(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs): self.began = time.monotonic()
     def on_save(self, args, state, control, **kwargs): self.began = time.monotonic()
 
-# %% ../nbs/07_training.ipynb #fbb02f84
+# %% ../nbs/07_training.ipynb #9496959c
 @contextlib.contextmanager
 def stop_on_interrupt(
     recorder:Recorder, # told to stop after the current step
@@ -334,7 +340,7 @@ def stop_on_interrupt(
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_training.ipynb #2b07f9b1
+# %% ../nbs/07_training.ipynb #be264c2a
 def claim(
     r:Recipe,
 )->tuple[RunDirectory, Path|None]: # the directory, and the checkpoint to go on from
@@ -362,7 +368,7 @@ def _set_aside(path):
     path.mkdir()
     for stored in filter(_is_stored_data, kept.iterdir()): shutil.copy2(stored, path/stored.name)
 
-# %% ../nbs/07_training.ipynb #026b5de4
+# %% ../nbs/07_training.ipynb #ec9d4aac
 def about(
     data:Prepared,
     device:torch.device,
@@ -376,7 +382,7 @@ def about(
                 template=data.template and data.template.name, template_hash=template, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
                 device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)))
 
-# %% ../nbs/07_training.ipynb #9d41b6d4
+# %% ../nbs/07_training.ipynb #f641d8fe
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -442,7 +448,7 @@ class Trainer:
 
 def _last_step(run): return max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
 
-# %% ../nbs/07_training.ipynb #f2f630a4
+# %% ../nbs/07_training.ipynb #5133dd5c
 def trainer_class(
     name:str, # the recipe's `trainer`: "sft", or "module:Class"
 )->type: # Trainer or a subclass
@@ -454,7 +460,7 @@ def trainer_class(
     if not (isinstance(found, type) and issubclass(found, Trainer)): raise RunError(f"`{name}` is no subclass of sftkit.training.Trainer.")
     return found
 
-# %% ../nbs/07_training.ipynb #999b865a
+# %% ../nbs/07_training.ipynb #bd07a45b
 def sample_prompts(
     data:Prepared,
     count:int=3,
@@ -465,7 +471,7 @@ def sample_prompts(
     decode = data.tokenizer.decode
     return [(decode(ids), data.encoder.reference(row.value), ids) for row in rows for ids in [data.encoder.prompt(row.value)]]
 
-# %% ../nbs/07_training.ipynb #75f74ff3
+# %% ../nbs/07_training.ipynb #8907477d
 def write_samples(
     log:EventLog,
     model,
@@ -478,7 +484,7 @@ def write_samples(
     texts = generate(model, data.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, stop_ids=data.stop_ids)
     for (prompt, reference, _), text in zip(prompts, texts): log.append("sample", when=when, prompt=prompt, reference=reference, text=text)
 
-# %% ../nbs/07_training.ipynb #2709e892
+# %% ../nbs/07_training.ipynb #040fbc08
 def keep(
     model, # as trained
     data:Prepared,

@@ -6,7 +6,7 @@
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
            'Publisher', 'live', 'watch']
 
-# %% ../nbs/10_widgets.ipynb #b5d31496
+# %% ../nbs/10_widgets.ipynb #fafd5804
 import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
@@ -15,7 +15,7 @@ from .events import RunDirectory, read_events
 from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible
 from .view import _headline, _memory_words, _number, _pair_samples, _STATES
 
-# %% ../nbs/10_widgets.ipynb #9c35549b
+# %% ../nbs/10_widgets.ipynb #24b1c2ac
 _RENDERERS = ("widget", "html", "terminal", "plain")
 
 def _shell(): # the IPython shell that runs in a kernel, or None
@@ -36,7 +36,7 @@ def choose_renderer(
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
-# %% ../nbs/10_widgets.ipynb #5aba2789
+# %% ../nbs/10_widgets.ipynb #fa769677
 def clicks_arrive(
     blocking:bool=True, # the cell that shows the view stays busy while training
 )->bool:
@@ -68,7 +68,7 @@ def _live_facts(progress): # what live.js writes in words
 def _live_samples(progress, most=4): # the last prompts, with what the model said before and says now
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]
 
-# %% ../nbs/10_widgets.ipynb #402fc21d
+# %% ../nbs/10_widgets.ipynb #ca80e944
 class LiveView(anywidget.AnyWidget):
     "A run in a notebook, drawn as it goes. Feed it with `push`; a page that opens later gets what was pushed so far."
     _esm = (importlib.resources.files("sftkit") / "live.js").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ class LiveView(anywidget.AnyWidget):
         super().close()
         if layout is not None: layout.close()
 
-# %% ../nbs/10_widgets.ipynb #4f3d757b
+# %% ../nbs/10_widgets.ipynb #99a77449
 def _bundle(progress, title, run_id="", max_points=1200): # the static form as a MIME bundle
     inner = run_html(progress, title, max_points)
     return {"text/html": f'<div class="sft-static" data-run="{run_id}">{inner}</div>' if run_id else inner, "text/plain": run_text(progress)}
@@ -168,7 +168,7 @@ class WidgetRenderer:
         self._twin.update({"text/html": "", "text/plain": ""}, raw=True)
         if not self.view.page_reloads: self.view.close() # after a reload the page no longer knows these outputs by id: the view is all it has
 
-# %% ../nbs/10_widgets.ipynb #329733b8
+# %% ../nbs/10_widgets.ipynb #cb192237
 class HtmlRenderer:
     "Shows a run as HTML that is replaced in place, for front-ends where widgets fail."
     interval = 0.5
@@ -185,7 +185,7 @@ class HtmlRenderer:
 
     def finish(self, progress): self._shown.update(_bundle(progress, self.title), raw=True)
 
-# %% ../nbs/10_widgets.ipynb #3d04a651
+# %% ../nbs/10_widgets.ipynb #40b95651
 class TerminalRenderer:
     "A progress bar on a terminal; in a log, one line every `seconds` and at each change of state. Ends with one line."
     def __init__(self,
@@ -228,7 +228,7 @@ def _bar_line(f): # the figures beside the bar, the most telling first, for term
     if f["state"] not in ("training", ""): parts.insert(0, _STATES.get(f["state"], f["state"]))
     return "  ".join(parts)
 
-# %% ../nbs/10_widgets.ipynb #42b37653
+# %% ../nbs/10_widgets.ipynb #fe6ff843
 def make_renderer(
     name:str|None=None, # as for `choose_renderer`
     title:str="run", # of the run
@@ -240,7 +240,7 @@ def make_renderer(
     if kind == "widget": return WidgetRenderer(title, on_request if clicks_arrive(blocking) else None)
     return HtmlRenderer(title) if kind == "html" else TerminalRenderer(title, bar=kind == "terminal")
 
-# %% ../nbs/10_widgets.ipynb #c2e07918
+# %% ../nbs/10_widgets.ipynb #26d348f7
 _log = logging.getLogger("sftkit")
 
 class Publisher(threading.Thread):
@@ -311,7 +311,7 @@ class Publisher(threading.Thread):
         self._safely(self.renderer.push, events, self.progress)
         self._safely(self.renderer.finish, self.progress)
 
-# %% ../nbs/10_widgets.ipynb #179e21f7
+# %% ../nbs/10_widgets.ipynb #44bbc188
 @contextlib.contextmanager
 def live(
     run_path, # the run directory; it may not exist yet
