@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'llm', 'preview', 'report', 'stop', 'resume', 'watch', 'flags_help', 'usage', 'main']
 
-# %% ../nbs/13_cli.ipynb #8acc6d23
+# %% ../nbs/13_cli.ipynb #b85728bc
 import os, sys
 from .recipe import Recipe, SftkitError, RecipeError, did_you_mean, parse_args, recipe_fields
 
-# %% ../nbs/13_cli.ipynb #78b7b6fe
+# %% ../nbs/13_cli.ipynb #74241c2b
 def _plan(args):
     "A Session from `--config FILE` and flags, which win over the file."
     from sftkit.session import Session
@@ -21,12 +21,12 @@ def _plan(args):
         del args[i:i + 2]
     return Session.from_recipe(Recipe(**{**config, **parse_args(args)}))
 
-# %% ../nbs/13_cli.ipynb #ef97de98
+# %% ../nbs/13_cli.ipynb #3a5bb257
 def llm(args):
     "sftkit llm --model M --data-path D --project-name P [...]: fine-tune; `sftkit llm --help` lists the flags"
     if "--help" in args or "-h" in args or not args: return print(flags_help())
     run = _plan(args).fit()
-    if int(os.environ.get("RANK", 0)) == 0: print(f"{run}\nReport: {run.report()}")
+    if int(os.environ.get("RANK", 0)) == 0: print(f"Report: {run.report()}")
 
 def preview(args):
     "sftkit preview --model M --data-path D --project-name P [...]: show which tokens would be trained"
@@ -58,7 +58,7 @@ def _run(args, command):
 
 COMMANDS = dict(llm=llm, preview=preview, report=report, stop=stop, resume=resume, watch=watch)
 
-# %% ../nbs/13_cli.ipynb #a1882277
+# %% ../nbs/13_cli.ipynb #af8f0123
 def flags_help()->str:
     "The flags of `sftkit llm`, by group."
     lines, group = ["sftkit llm: fine-tune a language model. Every flag is a field of the recipe.", "  --config FILE: take values from a YAML file; flags win", "  --traceback: show where an error came from"], None
@@ -74,7 +74,7 @@ def usage()->str:
     "All commands, a line each."
     return "\n".join([*(f"  {c.__doc__}" for c in COMMANDS.values()), "  sftkit --version"])
 
-# %% ../nbs/13_cli.ipynb #1f3755bf
+# %% ../nbs/13_cli.ipynb #fc9368cc
 def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted

@@ -6,7 +6,7 @@
 __all__ = ['Prepared', 'prepare', 'Batches', 'train_loader', 'training_arguments', 'Engine', 'NonFiniteLoss', 'Recorder',
            'stop_on_interrupt', 'claim', 'about', 'Trainer', 'trainer_class', 'sample_prompts', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #cae1e911
+# %% ../nbs/07_training.ipynb #71b185f4
 import contextlib, functools, hashlib, importlib, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from .events import EventLog, RunDirectory, flush_folder, this_process
 from .memory import read_memory
 from .recipe import DataError, ModelError, Recipe, RunError, SftkitError, write_atomic
 
-# %% ../nbs/07_training.ipynb #96e45a44
+# %% ../nbs/07_training.ipynb #57997757
 @dataclass(frozen=True)
 class Prepared:
     "Data and tokenizer of a run, ready to train on."
@@ -59,7 +59,7 @@ class Prepared:
         per_epoch = math.ceil(batches / r.gradient_accumulation)
         return per_epoch, r.max_steps if r.max_steps > 0 else math.ceil(r.epochs * per_epoch)
 
-# %% ../nbs/07_training.ipynb #8a95c628
+# %% ../nbs/07_training.ipynb #b6efd0a1
 def _load_rows(r, given, given_valid, preprocess):
     "(training rows, validation rows), mapped; from the recipe's paths or the rows given."
     mapped = lambda rows: map_rows(rows, preprocess) if preprocess else rows
@@ -69,7 +69,7 @@ def _load_rows(r, given, given_valid, preprocess):
     if r.valid_split: return split_rows(rows, r.valid_split, r.seed)
     return rows, []
 
-# %% ../nbs/07_training.ipynb #49dbe482
+# %% ../nbs/07_training.ipynb #9a63018f
 def prepare(
     r:Recipe,
     rows:list|None=None, # Row objects to use instead of reading `r.data_path`
@@ -110,7 +110,7 @@ def _losses(name, stats, limit):
     yield from stats.get("notes", ())
     if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {shown(empty)}."
 
-# %% ../nbs/07_training.ipynb #4dd7e2a9
+# %% ../nbs/07_training.ipynb #dd31357d
 class Batches(torch.utils.data.Sampler):
     "Yields lists of row numbers: a shuffled epoch cut into batches of rows alike in length. Another way to form batches belongs here."
     drop_last, window = False, 8
@@ -134,7 +134,7 @@ class Batches(torch.utils.data.Sampler):
         batches = [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
         return iter(batches + [short] * bool(short))
 
-# %% ../nbs/07_training.ipynb #1c71e064
+# %% ../nbs/07_training.ipynb #bf8acb5b
 def train_loader(
     data:Prepared,
 )->torch.utils.data.DataLoader: # batches: input_ids, attention_mask, labels, position_ids (batch, seq) int64, rows (batch,) int64
@@ -152,7 +152,7 @@ class _Numbered(torch.utils.data.Dataset):
 def _collate(numbered, pad, side):
     return {**collate([e for _, e in numbered], pad, side), "rows": torch.tensor([i for i, _ in numbered])}
 
-# %% ../nbs/07_training.ipynb #bc745655
+# %% ../nbs/07_training.ipynb #fef954d4
 def training_arguments(
     data:Prepared,
     run:RunDirectory,
@@ -172,7 +172,7 @@ def training_arguments(
             fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False, report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
             remove_unused_columns=False, average_tokens_across_devices=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **saving, **evaluating)
 
-# %% ../nbs/07_training.ipynb #ea4c7549
+# %% ../nbs/07_training.ipynb #ea2c9f2f
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
@@ -258,11 +258,11 @@ class Engine(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         save_model(self.model, self.data_prepared.tokenizer, output_dir, self.data_prepared.stop_ids)
 
-# %% ../nbs/07_training.ipynb #99e4eb22
+# %% ../nbs/07_training.ipynb #36af3680
 class NonFiniteLoss(ModelError):
     "The loss or the gradient became infinite or not-a-number; the message names the step and its rows."
 
-# %% ../nbs/07_training.ipynb #9e34d2de
+# %% ../nbs/07_training.ipynb #01f83abf
 class Recorder(TrainerCallback):
     "Writes the events of a run from its main process and carries out what is asked of it."
     def __init__(self, engine:Engine):
@@ -324,7 +324,7 @@ class Recorder(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs): self.began = time.monotonic()
     def on_save(self, args, state, control, **kwargs): self.began = time.monotonic()
 
-# %% ../nbs/07_training.ipynb #9496959c
+# %% ../nbs/07_training.ipynb #2b47bc3b
 @contextlib.contextmanager
 def stop_on_interrupt(
     recorder:Recorder, # told to stop after the current step
@@ -340,7 +340,7 @@ def stop_on_interrupt(
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_training.ipynb #be264c2a
+# %% ../nbs/07_training.ipynb #524199e9
 def claim(
     r:Recipe,
 )->tuple[RunDirectory, Path|None]: # the directory, and the checkpoint to go on from
@@ -368,7 +368,7 @@ def _set_aside(path):
     path.mkdir()
     for stored in filter(_is_stored_data, kept.iterdir()): shutil.copy2(stored, path/stored.name)
 
-# %% ../nbs/07_training.ipynb #ec9d4aac
+# %% ../nbs/07_training.ipynb #ab0b6e9d
 def about(
     data:Prepared,
     device:torch.device,
@@ -382,7 +382,7 @@ def about(
                 template=data.template and data.template.name, template_hash=template, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
                 device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)))
 
-# %% ../nbs/07_training.ipynb #f641d8fe
+# %% ../nbs/07_training.ipynb #3229ba0c
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -420,7 +420,7 @@ class Trainer:
         log.append("state", state="starting", step=_last_step(run), **this_process())
         for rows, path in ((self._rows, self.recipe.data_path), (self._valid_rows, self.recipe.valid_path)):
             if rows is not None: store_rows(rows, path)
-        write_atomic(run.recipe_path, self.recipe.to_yaml(about=about(data, device)))
+        write_atomic(run.recipe_path, self.recipe.replace(resume=None).to_yaml(about=about(data, device)))
         model = load_for_training(self.recipe, data.tokenizer, data.new_ids, device, dtype)
         check_scoring(model, data.train.examples[0]["input_ids"][:64])
         self._announce(log, data, model, device, dtype)
@@ -448,7 +448,7 @@ class Trainer:
 
 def _last_step(run): return max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
 
-# %% ../nbs/07_training.ipynb #5133dd5c
+# %% ../nbs/07_training.ipynb #f20f488a
 def trainer_class(
     name:str, # the recipe's `trainer`: "sft", or "module:Class"
 )->type: # Trainer or a subclass
@@ -460,7 +460,7 @@ def trainer_class(
     if not (isinstance(found, type) and issubclass(found, Trainer)): raise RunError(f"`{name}` is no subclass of sftkit.training.Trainer.")
     return found
 
-# %% ../nbs/07_training.ipynb #bd07a45b
+# %% ../nbs/07_training.ipynb #179ded14
 def sample_prompts(
     data:Prepared,
     count:int=3,
@@ -471,7 +471,7 @@ def sample_prompts(
     decode = data.tokenizer.decode
     return [(decode(ids), data.encoder.reference(row.value), ids) for row in rows for ids in [data.encoder.prompt(row.value)]]
 
-# %% ../nbs/07_training.ipynb #8907477d
+# %% ../nbs/07_training.ipynb #3137d9bc
 def write_samples(
     log:EventLog,
     model,
@@ -484,7 +484,7 @@ def write_samples(
     texts = generate(model, data.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, stop_ids=data.stop_ids)
     for (prompt, reference, _), text in zip(prompts, texts): log.append("sample", when=when, prompt=prompt, reference=reference, text=text)
 
-# %% ../nbs/07_training.ipynb #040fbc08
+# %% ../nbs/07_training.ipynb #35dfc9c9
 def keep(
     model, # as trained
     data:Prepared,

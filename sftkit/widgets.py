@@ -6,7 +6,7 @@
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
            'Publisher', 'live', 'watch']
 
-# %% ../nbs/10_widgets.ipynb #fafd5804
+# %% ../nbs/10_widgets.ipynb #cc707f04
 import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
@@ -15,7 +15,7 @@ from .events import RunDirectory, read_events
 from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible
 from .view import _headline, _memory_words, _number, _pair_samples, _STATES
 
-# %% ../nbs/10_widgets.ipynb #24b1c2ac
+# %% ../nbs/10_widgets.ipynb #5e62e38b
 _RENDERERS = ("widget", "html", "terminal", "plain")
 
 def _shell(): # the IPython shell that runs in a kernel, or None
@@ -36,7 +36,7 @@ def choose_renderer(
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
-# %% ../nbs/10_widgets.ipynb #fa769677
+# %% ../nbs/10_widgets.ipynb #f641af05
 def clicks_arrive(
     blocking:bool=True, # the cell that shows the view stays busy while training
 )->bool:
@@ -68,7 +68,7 @@ def _live_facts(progress): # what live.js writes in words
 def _live_samples(progress, most=4): # the last prompts, with what the model said before and says now
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]
 
-# %% ../nbs/10_widgets.ipynb #ca80e944
+# %% ../nbs/10_widgets.ipynb #33727b34
 class LiveView(anywidget.AnyWidget):
     "A run in a notebook, drawn as it goes. Feed it with `push`; a page that opens later gets what was pushed so far."
     _esm = (importlib.resources.files("sftkit") / "live.js").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ class LiveView(anywidget.AnyWidget):
         super().close()
         if layout is not None: layout.close()
 
-# %% ../nbs/10_widgets.ipynb #99a77449
+# %% ../nbs/10_widgets.ipynb #b56c4a06
 def _bundle(progress, title, run_id="", max_points=1200): # the static form as a MIME bundle
     inner = run_html(progress, title, max_points)
     return {"text/html": f'<div class="sft-static" data-run="{run_id}">{inner}</div>' if run_id else inner, "text/plain": run_text(progress)}
@@ -168,7 +168,7 @@ class WidgetRenderer:
         self._twin.update({"text/html": "", "text/plain": ""}, raw=True)
         if not self.view.page_reloads: self.view.close() # after a reload the page no longer knows these outputs by id: the view is all it has
 
-# %% ../nbs/10_widgets.ipynb #cb192237
+# %% ../nbs/10_widgets.ipynb #cbbb9dc3
 class HtmlRenderer:
     "Shows a run as HTML that is replaced in place, for front-ends where widgets fail."
     interval = 0.5
@@ -185,7 +185,7 @@ class HtmlRenderer:
 
     def finish(self, progress): self._shown.update(_bundle(progress, self.title), raw=True)
 
-# %% ../nbs/10_widgets.ipynb #40b95651
+# %% ../nbs/10_widgets.ipynb #6fe3d7f4
 class TerminalRenderer:
     "A progress bar on a terminal; in a log, one line every `seconds` and at each change of state. Ends with one line."
     def __init__(self,
@@ -196,6 +196,7 @@ class TerminalRenderer:
     ):
         self.title, self.seconds, self.file = title, seconds, file or sys.stdout
         self.interval, self._bar, self._use_bar, self._next, self._state = (0.2 if bar else 0.5), None, bar, 0.0, ""
+        self._last = ""
 
     def start(self, progress):
         if not self._use_bar: return
@@ -212,11 +213,16 @@ class TerminalRenderer:
             self._bar.update(self._task, completed=f["step"], total=f["total_steps"], line=_bar_line(f), refresh=True)
         elif progress.state != self._state or time.monotonic() >= self._next:
             self._state, self._next = progress.state, time.monotonic() + self.seconds
-            print(run_text(progress), file=self.file, flush=True)
+            self._say(progress)
 
     def finish(self, progress):
         if self._bar is not None: self._bar.stop()
-        if self._bar is not None or progress.state != self._state or progress.step: print(run_text(progress), file=self.file, flush=True)
+        self._say(progress)
+
+    def _say(self, progress):
+        line = run_text(progress)
+        if line != self._last: print(line, file=self.file, flush=True)
+        self._last = line
 
 def _bar_line(f): # the figures beside the bar, the most telling first, for terminals that cut lines
     parts = [f"{f['step']:,}/{f['total_steps']:,}" if f["total_steps"] else f"step {f['step']:,}"]
@@ -228,7 +234,7 @@ def _bar_line(f): # the figures beside the bar, the most telling first, for term
     if f["state"] not in ("training", ""): parts.insert(0, _STATES.get(f["state"], f["state"]))
     return "  ".join(parts)
 
-# %% ../nbs/10_widgets.ipynb #fe6ff843
+# %% ../nbs/10_widgets.ipynb #8b1a0883
 def make_renderer(
     name:str|None=None, # as for `choose_renderer`
     title:str="run", # of the run
@@ -240,7 +246,7 @@ def make_renderer(
     if kind == "widget": return WidgetRenderer(title, on_request if clicks_arrive(blocking) else None)
     return HtmlRenderer(title) if kind == "html" else TerminalRenderer(title, bar=kind == "terminal")
 
-# %% ../nbs/10_widgets.ipynb #26d348f7
+# %% ../nbs/10_widgets.ipynb #999bfeb1
 _log = logging.getLogger("sftkit")
 
 class Publisher(threading.Thread):
@@ -311,7 +317,7 @@ class Publisher(threading.Thread):
         self._safely(self.renderer.push, events, self.progress)
         self._safely(self.renderer.finish, self.progress)
 
-# %% ../nbs/10_widgets.ipynb #44bbc188
+# %% ../nbs/10_widgets.ipynb #d6683164
 @contextlib.contextmanager
 def live(
     run_path, # the run directory; it may not exist yet

@@ -44,7 +44,7 @@ def independent_loss(model_path, batches):
 def test_acceptance_16_logged_loss_is_the_masked_cross_entropy(tiny, accumulation, train_on, padding):
     plan = plan_for(tiny, CHAT, gradient_accumulation=accumulation, batch_size=3, train_on=train_on, padding=padding, max_steps=1)
     batches = [b for b, _ in zip(plan.batches(), range(accumulation))]
-    assert len({int(n) for b in batches for n in b["attention_mask"].sum(1)}) > 2          # uneven lengths
+    assert len({int(n) for b in batches for n in b["attention_mask"].sum(1)}) > 1          # uneven lengths
     assert losses(plan.fit())[0] == pytest.approx(independent_loss(tiny, batches), abs=1e-4)
 
 
