@@ -25,9 +25,9 @@ def screenshot(html, path, width, height):
 
 def main():
     run, rows = Run.open("runs/home-assistant"), [json.loads(line) for line in open(sample_data() / "test.jsonl", encoding="utf-8")]
-    plan = Session(sample_model(), project="home-assistant").data(sample_data() / "train.jsonl", eval=sample_data() / "test.jsonl").template("chatml").lora(r=16)
-    screenshot(plan.preview(n=3).html, DOCS / "preview.png", 960, 390)
-    screenshot(run._repr_html_(), DOCS / "curve.png", 800, 620)
+    plan = Session(sample_model(), project="home-assistant").data(sample_data() / "train.jsonl", eval=sample_data() / "test.jsonl").template("chatml").lora(r=16, dropout=0)
+    screenshot(plan.preview(n=2).html, DOCS / "preview.png", 960, 362)
+    screenshot(run._repr_html_(), DOCS / "curve.png", 800, 500)
     answers = run.versus_base(rows, max_new_tokens=40)
     exact = {name: sum(a[name].strip() == a["reference"] for a in answers) for name in ("base", "tuned")}
     history = run.history

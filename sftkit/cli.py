@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'llm', 'preview', 'report', 'stop', 'resume', 'watch', 'flags_help', 'usage', 'main']
 
-# %% ../nbs/13_cli.ipynb #b85728bc
+# %% ../nbs/13_cli.ipynb #07a8cae2
 import os, sys
 from .recipe import Recipe, SftkitError, RecipeError, did_you_mean, parse_args, recipe_fields
 
-# %% ../nbs/13_cli.ipynb #74241c2b
+# %% ../nbs/13_cli.ipynb #5b85a36f
 def _plan(args):
     "A Session from `--config FILE` and flags, which win over the file."
     from sftkit.session import Session
@@ -21,7 +21,7 @@ def _plan(args):
         del args[i:i + 2]
     return Session.from_recipe(Recipe(**{**config, **parse_args(args)}))
 
-# %% ../nbs/13_cli.ipynb #3a5bb257
+# %% ../nbs/13_cli.ipynb #f32da40a
 def llm(args):
     "sftkit llm --model M --data-path D --project-name P [...]: fine-tune; `sftkit llm --help` lists the flags"
     if "--help" in args or "-h" in args or not args: return print(flags_help())
@@ -58,7 +58,7 @@ def _run(args, command):
 
 COMMANDS = dict(llm=llm, preview=preview, report=report, stop=stop, resume=resume, watch=watch)
 
-# %% ../nbs/13_cli.ipynb #af8f0123
+# %% ../nbs/13_cli.ipynb #2236ecb6
 def flags_help()->str:
     "The flags of `sftkit llm`, by group."
     lines, group = ["sftkit llm: fine-tune a language model. Every flag is a field of the recipe.", "  --config FILE: take values from a YAML file; flags win", "  --traceback: show where an error came from"], None
@@ -74,7 +74,7 @@ def usage()->str:
     "All commands, a line each."
     return "\n".join([*(f"  {c.__doc__}" for c in COMMANDS.values()), "  sftkit --version"])
 
-# %% ../nbs/13_cli.ipynb #fc9368cc
+# %% ../nbs/13_cli.ipynb #1139d4da
 def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted
@@ -90,7 +90,7 @@ def main(
         return 0
     except SftkitError as e:
         if traceback: raise
-        print(f"error: {e}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0: print(f"error: {e}", file=sys.stderr)
         return 1
     except Exception as e:                                  # the outermost boundary: one line for the user, the rest on request
         if traceback: raise

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['EventLog', 'read_events', 'replay', 'flush_folder', 'RunDirectory', 'this_process']
 
-# %% ../nbs/01_events.ipynb #eaaef646
+# %% ../nbs/01_events.ipynb #7592e428
 import json, math, os, re, socket, time
 from pathlib import Path
 from .recipe import RunError, write_atomic
 
-# %% ../nbs/01_events.ipynb #8fafe6a1
+# %% ../nbs/01_events.ipynb #6031116f
 def _jsonable(value):
     if isinstance(value, float) and not math.isfinite(value): return None
     if isinstance(value, dict): return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_jsonable(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
-# %% ../nbs/01_events.ipynb #ad21f34a
+# %% ../nbs/01_events.ipynb #fa22e2f6
 class EventLog:
     "Appends events to `path`, one JSON object a line. Opening repairs what a killed writer left unfinished."
     def __init__(self,
@@ -28,7 +28,7 @@ class EventLog:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _cut_unfinished_line(self):
-        if not self.path.exists(): return
+        if not self.path.is_file(): return
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data): os.truncate(self.path, end)
@@ -47,7 +47,7 @@ class EventLog:
         if self._fd is not None: os.close(self._fd)
         self._fd = None
 
-# %% ../nbs/01_events.ipynb #4d1113aa
+# %% ../nbs/01_events.ipynb #6d64e42f
 def read_events(
     path:Path, # the `events.jsonl` of a run; a missing file reads as empty
     offset:int=0, # bytes read so far
@@ -62,7 +62,7 @@ def read_events(
     lines = data[:end].split(b"\n")          # not splitlines(): JSON text may hold U+2028 and its like
     return [json.loads(line.decode("utf-8", "replace")) for line in lines if line.strip()], offset + end
 
-# %% ../nbs/01_events.ipynb #357b9b69
+# %% ../nbs/01_events.ipynb #d45c4c30
 def replay(
     events:list, # events in the order written
 )->list: # the same without steps, evaluations and samples that a resume rolled back
@@ -74,7 +74,7 @@ def replay(
         kept.append(event)
     return kept
 
-# %% ../nbs/01_events.ipynb #5dbb16aa
+# %% ../nbs/01_events.ipynb #571e5af8
 def flush_folder(
     folder:Path, # a folder whose files were just written
 ):
@@ -85,7 +85,7 @@ def flush_folder(
             try: os.fsync(fd)
             finally: os.close(fd)
 
-# %% ../nbs/01_events.ipynb #5f8f2221
+# %% ../nbs/01_events.ipynb #572e0834
 def _process_started(pid):
     "Start time of process `pid` in seconds since 1970, or None when there is no such process."
     import psutil
@@ -94,7 +94,7 @@ def _process_started(pid):
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess: return None
 
-# %% ../nbs/01_events.ipynb #2916a1ad
+# %% ../nbs/01_events.ipynb #4df6ee39
 class RunDirectory:
     "The files of one run, and what they say about its state."
     requests = ("stop", "pause", "resume", "checkpoint", "evaluate")
@@ -140,7 +140,7 @@ class RunDirectory:
         self.control_path.unlink(missing_ok=True)
         return name if name in self.requests else None
 
-# %% ../nbs/01_events.ipynb #0c56a44e
+# %% ../nbs/01_events.ipynb #6eb93f76
 def this_process()->dict: # {"pid", "host", "started"}
     "Identifies the running process in a `state` event."
     return {"pid": os.getpid(), "host": socket.gethostname(), "started": _process_started(os.getpid())}

@@ -8,7 +8,7 @@ __all__ = ['best_device', 'compute_dtype', 'load_tokenizer', 'add_tokens', 'atte
            'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum', 'check_scoring', 'mean_token_loss',
            'sample_model']
 
-# %% ../nbs/04_model.ipynb #98296c57
+# %% ../nbs/04_model.ipynb #6953ebdf
 import contextlib, functools, importlib.util, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 import torch
@@ -17,13 +17,13 @@ from .recipe import ModelError, Recipe, did_you_mean
 
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"): logging.getLogger(_noisy).setLevel(logging.ERROR)
 
-# %% ../nbs/04_model.ipynb #8d36cc7a
+# %% ../nbs/04_model.ipynb #2527b807
 def best_device()->torch.device: # cuda, mps or cpu
     "The device training runs on."
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/04_model.ipynb #97758db9
+# %% ../nbs/04_model.ipynb #be975596
 def compute_dtype(
     mixed_precision:str|None, # "bf16", "fp16", "no", or None for the best the device has
     device:torch.device,
@@ -38,7 +38,7 @@ def compute_dtype(
         raise ModelError(f"`mixed_precision='bf16'` needs a GPU of the Ampere generation (2020) or later; this is {name}. Use 'fp16'." if device.type == "cuda" else f"`mixed_precision='bf16'` is not available on {name}. Use 'no'.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[mixed_precision]
 
-# %% ../nbs/04_model.ipynb #2a1286fe
+# %% ../nbs/04_model.ipynb #20b62ba1
 def _load(what, source, load, **kw):
     "Call `load(source, **kw)`; what transformers says about a missing or unreadable model becomes one clear `ModelError`."
     is_path = source.startswith((".", "/", "~")) or os.sep in source.replace("/", os.sep, 0) and source.count("/") != 1
@@ -48,7 +48,7 @@ def _load(what, source, load, **kw):
         raise ModelError(f"The {what} of `{source}` could not be loaded ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]}). Give a folder with config.json, "
                          "safetensors weights and tokenizer files, or the id of a model on the hub that you may read.") from e
 
-# %% ../nbs/04_model.ipynb #19e5e119
+# %% ../nbs/04_model.ipynb #d98b7544
 def load_tokenizer(
     model:str, # hub id or folder
     trust_remote_code:bool=False, # run code that comes with the model
@@ -61,7 +61,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/04_model.ipynb #ee6cb9b8
+# %% ../nbs/04_model.ipynb #d3155c33
 def add_tokens(
     tokenizer, # changed in place
     tokens:list, # special tokens to add; those it has are left alone
@@ -71,7 +71,7 @@ def add_tokens(
     if new: tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer.convert_tokens_to_ids(new)
 
-# %% ../nbs/04_model.ipynb #ab166375
+# %% ../nbs/04_model.ipynb #498bbdd0
 def _quantization_config(quantization, dtype):
     from transformers import BitsAndBytesConfig
     if quantization == "int8": return BitsAndBytesConfig(load_in_8bit=True)
@@ -83,7 +83,7 @@ def _keep_gradients_on_cpu(model):
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit): layer.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/04_model.ipynb #58f248f1
+# %% ../nbs/04_model.ipynb #69b957b1
 def attention_backend(
     use_flash_attention_2:bool, # asked for by the recipe
     device:torch.device,
@@ -94,7 +94,7 @@ def attention_backend(
     why = "needs an NVIDIA GPU" if device.type != "cuda" else "is not installed (pip install flash-attn)"
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
 
-# %% ../nbs/04_model.ipynb #4b319592
+# %% ../nbs/04_model.ipynb #a728880a
 def load_base(
     model:str, # hub id or folder
     dtype:torch.dtype=torch.float32, # of the weights (of the computation, if quantised)
@@ -115,7 +115,7 @@ def load_base(
     if isinstance(e := loaded.get_input_embeddings(), nn.Embedding): e.padding_idx = None
     return loaded
 
-# %% ../nbs/04_model.ipynb #cc33fec9
+# %% ../nbs/04_model.ipynb #c5677495
 def fit_embeddings(
     model, # changed in place
     tokenizer, # may have more tokens than the model has rows
@@ -131,7 +131,7 @@ def fit_embeddings(
             noise = torch.randn(len(tokenizer) - rows, old.shape[1], generator=torch.Generator().manual_seed(0)).to(old.device)
             weight[rows:] = (old.mean(0) + 0.1 * old.std(0) * noise).to(weight.dtype)
 
-# %% ../nbs/04_model.ipynb #bf6165fd
+# %% ../nbs/04_model.ipynb #5a7a0539
 def linear_layers(
     model, # a causal language model
 )->list[str]: # last parts of the names of its linear layers, head excluded, in order of appearance
@@ -140,7 +140,7 @@ def linear_layers(
     head = model.get_output_embeddings()
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head))
 
-# %% ../nbs/04_model.ipynb #6ab4a1d8
+# %% ../nbs/04_model.ipynb #7f3bfeb4
 def _targets(model, target_modules):
     "The recipe's words for the layers with an adapter, checked against the model."
     if target_modules == "all-linear": return target_modules
@@ -166,7 +166,7 @@ def _quiet_peft():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
-# %% ../nbs/04_model.ipynb #7b9697a2
+# %% ../nbs/04_model.ipynb #8d41237b
 def add_lora(
     model, # a loaded base; frozen from then on
     r:Recipe, # its LoRA fields are read
@@ -183,7 +183,7 @@ def add_lora(
                         fan_in_fan_out=not r.quantization and any(isinstance(m, Conv1D) for m in model.modules()))
     with _quiet_peft(): return get_peft_model(model, config)
 
-# %% ../nbs/04_model.ipynb #c9081c6a
+# %% ../nbs/04_model.ipynb #48ba55a3
 def parameter_counts(
     model,
 )->tuple[int, int]: # trainable, total; a 4-bit weight counts as the weights it holds
@@ -191,7 +191,7 @@ def parameter_counts(
     if hasattr(model, "get_nb_trainable_parameters"): return model.get_nb_trainable_parameters()
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/04_model.ipynb #ad2bb982
+# %% ../nbs/04_model.ipynb #8ba7ca68
 def recompute_activations(
     model, # changed in place
 ):
@@ -200,7 +200,7 @@ def recompute_activations(
     if hasattr(model, "activation_checkpointing_enable"): model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})      # transformers before 5.20
 
-# %% ../nbs/04_model.ipynb #ad36f11a
+# %% ../nbs/04_model.ipynb #80502243
 def load_for_training(
     r:Recipe,
     tokenizer, # with the new tokens already added
@@ -218,7 +218,7 @@ def load_for_training(
     if r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu"): recompute_activations(model)
     return model.train()
 
-# %% ../nbs/04_model.ipynb #f7a7caba
+# %% ../nbs/04_model.ipynb #6453b444
 def save_model(
     model, # as trained
     tokenizer, # with its chat template
@@ -236,7 +236,7 @@ def save_model(
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/04_model.ipynb #df2fb7ec
+# %% ../nbs/04_model.ipynb #ee5e1bdf
 def load_trained(
     folder:str|Path, # a run directory or checkpoint: adapter or full weights, and tokenizer
     dtype:torch.dtype=torch.float32,
@@ -255,7 +255,7 @@ def load_trained(
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
-# %% ../nbs/04_model.ipynb #44528249
+# %% ../nbs/04_model.ipynb #d919056e
 def _logit_scale(config):
     "Factor that some families put on their logits: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM divide."
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -270,7 +270,7 @@ def _head_loss(hidden, labels, head, scale, softcap):
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
-# %% ../nbs/04_model.ipynb #ff58c6a6
+# %% ../nbs/04_model.ipynb #b96362b0
 def score_tokens(
     base, # a transformers causal language model, changed in place
 ):
@@ -294,7 +294,7 @@ def score_tokens(
                                 for h, l in zip(hidden.split(chunk), labels.split(chunk)))}
     base.forward = forward
 
-# %% ../nbs/04_model.ipynb #b5589a76
+# %% ../nbs/04_model.ipynb #3d1fe746
 def causal_lm(
     model, # possibly wrapped by an adapter or for data parallelism
 ): # the transformers model inside
@@ -302,7 +302,7 @@ def causal_lm(
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
-# %% ../nbs/04_model.ipynb #8a2ad7d5
+# %% ../nbs/04_model.ipynb #e7a94785
 def token_loss_sum(
     model, # causal language model, possibly wrapped
     batch:dict, # input_ids, labels (batch, seq) int64, -100 = not trained; optionally attention_mask, position_ids
@@ -312,7 +312,7 @@ def token_loss_sum(
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
     return model(**inputs, scored_labels=batch["labels"], use_cache=False)["loss_sum"]
 
-# %% ../nbs/04_model.ipynb #a3d9bcce
+# %% ../nbs/04_model.ipynb #ca118060
 @torch.no_grad()
 def check_scoring(
     model, # as loaded for training; its mode is restored
@@ -329,7 +329,7 @@ def check_scoring(
         raise ModelError(f"{type(causal_lm(model)).__name__} turns hidden states into logits in a way that sftkit does not know (loss {ours / ids.shape[1]:.4f} instead of {full / ids.shape[1]:.4f} "
                          "per token), so nothing was trained. Please report the model's name.")
 
-# %% ../nbs/04_model.ipynb #37f97c77
+# %% ../nbs/04_model.ipynb #47a185f0
 @torch.no_grad()
 def mean_token_loss(
     model,
@@ -347,14 +347,18 @@ def mean_token_loss(
     finally: model.train(was_training)
     return total, tokens
 
-# %% ../nbs/04_model.ipynb #780c1642
+# %% ../nbs/04_model.ipynb #992a6298
 def _unpack_gguf(folder, name, target):
-    "Convert a GGUF file to a transformers folder in fp32; `target` appears complete or not at all."
+    "Convert SmolLM2's GGUF file to a transformers folder in fp32; `target` appears complete or not at all."
     from unittest.mock import patch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # transformers rebuilds the tokenizer without SmolLM2's splitting of digits, and without its length
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer.model_max_length = 8192
     with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors):      # its bar takes no notice of the setting
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
@@ -365,7 +369,7 @@ def _unpack_gguf(folder, name, target):
     try: os.replace(aside, target)
     except OSError: shutil.rmtree(aside)          # another process was first
 
-# %% ../nbs/04_model.ipynb #ffb53ae1
+# %% ../nbs/04_model.ipynb #680e7c11
 def sample_model()->str: # a folder that holds the model, or its hub id
     "SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters), for tutorials and tests. The cache is `SFTKIT_CACHE`, by default `~/.cache/sftkit`."
     cache = Path(os.environ.get("SFTKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"sftkit")

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
-# %% ../nbs/12_session.ipynb #2839a500
+# %% ../nbs/12_session.ipynb #0d09e817
 import functools, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
 from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields, unknown_field
 
-# %% ../nbs/12_session.ipynb #64c77e67
+# %% ../nbs/12_session.ipynb #a073c7ed
 class Shown:
     "Something to look at: HTML where there is a notebook, text elsewhere."
     def __init__(self, html:str, text:str): self.html, self.text = html, text
     def _repr_html_(self)->str: return self.html
     def __repr__(self)->str: return self.text
 
-# %% ../nbs/12_session.ipynb #499e18bb
+# %% ../nbs/12_session.ipynb #6a5be86d
 _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet", ".gz")
 _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     template=dict(chat_template="chat_template"),
@@ -29,7 +29,7 @@ _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     metrics=dict(names="eval_metrics", save_predictions="eval_save_predictions", max_new_tokens="eval_max_new_tokens"),
     log=dict(names="log"))
 
-# %% ../nbs/12_session.ipynb #43dc5aef
+# %% ../nbs/12_session.ipynb #1cb8eb95
 class Session:
     """A plan for fine-tuning `model`. Steps return a new plan; `fit` carries it out.
 
@@ -204,7 +204,7 @@ class Session:
         from sftkit.view import plan_text
         return plan_text(self._facts())
 
-# %% ../nbs/12_session.ipynb #cc8d6105
+# %% ../nbs/12_session.ipynb #3206cea0
 def _checked(fields):
     good, mistakes = check_fields(fields)
     raise_all(mistakes)
@@ -222,7 +222,7 @@ def _portable(plan):
         raise RecipeError(f"The trainer `{name}` is defined in this notebook or script, where no other process finds it. Put the class into a file, e.g. my_trainer.py, import it from there, and pass it to .trainer() again.")
     return plan
 
-# %% ../nbs/12_session.ipynb #fe08b699
+# %% ../nbs/12_session.ipynb #5fc81c20
 def _plan_facts(plan):
     "The rows of a plan's table; mistakes and missing parts are its warnings."
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
@@ -238,14 +238,14 @@ def _plan_facts(plan):
     except (RecipeError, DataError) as e: warnings = [str(e)]
     return dict(title=f"Plan: {f['project_name']}", rows=rows, warnings=warnings)
 
-# %% ../nbs/12_session.ipynb #37145d23
+# %% ../nbs/12_session.ipynb #6af0f278
 def _call(name, arguments): return f".{name}({', '.join(arguments)})"
 
 def _step_call(step, fields):
     "`.lora(r=64)` and so on, from the fields of that step; takes them out of `fields`."
     return _call(step, [f"{k}={fields.pop(field)!r}" for k, field in _STEPS[step].items() if field in fields])
 
-# %% ../nbs/12_session.ipynb #3def5f52
+# %% ../nbs/12_session.ipynb #b3d96626
 def script(
     recipe:Recipe,
 )->str: # Python source
@@ -264,7 +264,7 @@ def script(
     options = ",\n                   ".join(f"{k}={v!r}" for k, v in fields.items())
     return (f"from sftkit import Session\n\nplan = ({lines})\n\nif __name__ == \"__main__\":\n    run = plan.fit({options})\n    print(\"Report:\", run.report())\n")
 
-# %% ../nbs/12_session.ipynb #6024f655
+# %% ../nbs/12_session.ipynb #66886e97
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     recipe, work = plan.recipe, plan._work
@@ -280,7 +280,7 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #e82a80c0
+# %% ../nbs/12_session.ipynb #712979cf
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
@@ -353,9 +353,10 @@ class Run:
         max_new_tokens:int=128,
     )->"Comparison":
         "The base model's answers beside the tuned one's, both greedy and in the same template."
+        from sftkit.training import asked
         tuned = self.generate(list(prompts), max_new_tokens)
         with _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
-        return Comparison([dict(prompt=_asked(p), reference=_answer(self._parts()[2], p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
+        return Comparison([dict(prompt=asked(p), reference=_answer(self._parts()[2], p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
 
     def evaluate(self,
         data=None, # any source of rows; by default the rows held out by the recipe
@@ -402,7 +403,7 @@ class Run:
         from sftkit.view import run_text
         return f"{self.path}: {run_text(self.events)}"
 
-# %% ../nbs/12_session.ipynb #fc6ea316
+# %% ../nbs/12_session.ipynb #18208b59
 def _load_run(run):
     import yaml
     from sftkit.chat import resolve_template
@@ -418,7 +419,7 @@ def _load_run(run):
     ends = model.generation_config.eos_token_id
     return model, tokenizer, encoder, [ends] if isinstance(ends, int) else list(ends or [])
 
-# %% ../nbs/12_session.ipynb #267373a0
+# %% ../nbs/12_session.ipynb #4a9ed8e3
 class _as_base:
     "The run with its base model in place of the tuned one: the adapter switched off, or the base loaded."
     def __init__(self, run): self.run = run
@@ -435,16 +436,7 @@ class _as_base:
     def __exit__(self, *error):
         if self.off: self.off.__exit__(*error)
 
-# %% ../nbs/12_session.ipynb #da08f195
-def _asked(prompt):
-    "The words of a prompt, for a table."
-    if isinstance(prompt, str): return prompt
-    messages = prompt if isinstance(prompt, list) else prompt.get("messages") or prompt.get("conversations")
-    if messages:
-        users = [m.get("content", m.get("value")) for m in messages if m.get("role", m.get("from")) in ("user", "human")]
-        return str(users[-1]) if users else str(messages[-1])
-    return next((str(prompt[c]) for c in ("prompt", "question", "instruction", "text") if c in prompt), str(prompt))
-
+# %% ../nbs/12_session.ipynb #34844370
 def _answer(encoder, prompt): return encoder.reference(prompt) if isinstance(prompt, dict) else None
 
 class Comparison(list):
@@ -458,7 +450,7 @@ class Scores(dict):
     "Metrics by name; `scores['predictions']` holds prompt, reference and prediction of each row."
     def __repr__(self)->str: return ", ".join(f"{k} {v:.4g}" for k, v in self.items() if isinstance(v, (int, float)))
 
-# %% ../nbs/12_session.ipynb #4e0da3c6
+# %% ../nbs/12_session.ipynb #3f35c2a6
 def _report(run):
     import yaml
     from sftkit.view import preview_html, report_html
@@ -468,7 +460,7 @@ def _report(run):
     recipe = {**run.recipe.to_dict(defaults=True), "versions": about.get("packages", {}), "hardware": made}
     return report_html(run.events, recipe, preview=plan.preview(3).html, title=run.path.name)
 
-# %% ../nbs/12_session.ipynb #557ecf93
+# %% ../nbs/12_session.ipynb #602cd8f5
 def compare(
     *runs:Run, # two or more
 )->"Compared":

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'prepare', 'Batches', 'train_loader', 'training_arguments', 'Engine', 'NonFiniteLoss', 'Recorder',
-           'stop_on_interrupt', 'claim', 'about', 'Trainer', 'trainer_class', 'sample_prompts', 'write_samples', 'keep']
+           'stop_on_interrupt', 'claim', 'about', 'process_rank', 'process_count', 'from_main_process', 'Trainer',
+           'trainer_class', 'sample_prompts', 'asked', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #71b185f4
+# %% ../nbs/07_training.ipynb #6c476c51
 import contextlib, functools, hashlib, importlib, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +24,7 @@ from .events import EventLog, RunDirectory, flush_folder, this_process
 from .memory import read_memory
 from .recipe import DataError, ModelError, Recipe, RunError, SftkitError, write_atomic
 
-# %% ../nbs/07_training.ipynb #57997757
+# %% ../nbs/07_training.ipynb #0ae54f87
 @dataclass(frozen=True)
 class Prepared:
     "Data and tokenizer of a run, ready to train on."
@@ -59,7 +60,7 @@ class Prepared:
         per_epoch = math.ceil(batches / r.gradient_accumulation)
         return per_epoch, r.max_steps if r.max_steps > 0 else math.ceil(r.epochs * per_epoch)
 
-# %% ../nbs/07_training.ipynb #b6efd0a1
+# %% ../nbs/07_training.ipynb #cb58513a
 def _load_rows(r, given, given_valid, preprocess):
     "(training rows, validation rows), mapped; from the recipe's paths or the rows given."
     mapped = lambda rows: map_rows(rows, preprocess) if preprocess else rows
@@ -69,7 +70,7 @@ def _load_rows(r, given, given_valid, preprocess):
     if r.valid_split: return split_rows(rows, r.valid_split, r.seed)
     return rows, []
 
-# %% ../nbs/07_training.ipynb #9a63018f
+# %% ../nbs/07_training.ipynb #6e3fd53a
 def prepare(
     r:Recipe,
     rows:list|None=None, # Row objects to use instead of reading `r.data_path`
@@ -110,7 +111,7 @@ def _losses(name, stats, limit):
     yield from stats.get("notes", ())
     if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {shown(empty)}."
 
-# %% ../nbs/07_training.ipynb #dd31357d
+# %% ../nbs/07_training.ipynb #c751996e
 class Batches(torch.utils.data.Sampler):
     "Yields lists of row numbers: a shuffled epoch cut into batches of rows alike in length. Another way to form batches belongs here."
     drop_last, window = False, 8
@@ -134,7 +135,7 @@ class Batches(torch.utils.data.Sampler):
         batches = [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
         return iter(batches + [short] * bool(short))
 
-# %% ../nbs/07_training.ipynb #bf8acb5b
+# %% ../nbs/07_training.ipynb #265a9093
 def train_loader(
     data:Prepared,
 )->torch.utils.data.DataLoader: # batches: input_ids, attention_mask, labels, position_ids (batch, seq) int64, rows (batch,) int64
@@ -152,7 +153,7 @@ class _Numbered(torch.utils.data.Dataset):
 def _collate(numbered, pad, side):
     return {**collate([e for _, e in numbered], pad, side), "rows": torch.tensor([i for i, _ in numbered])}
 
-# %% ../nbs/07_training.ipynb #fef954d4
+# %% ../nbs/07_training.ipynb #020df1e6
 def training_arguments(
     data:Prepared,
     run:RunDirectory,
@@ -160,7 +161,7 @@ def training_arguments(
     dtype:torch.dtype, # compute format
 )->SFTConfig:
     "The recipe in the words of transformers and TRL. Logging, progress bars and trackers are off: events do that."
-    r, (_, total) = data.recipe, data.steps()
+    r, (_, total) = data.recipe, data.steps(process_count())
     saving = dict(save_strategy="steps", save_steps=r.save_steps) if r.save_steps else dict(save_strategy="epoch")
     evaluating = dict(eval_strategy="no") if not data.valid_rows else dict(eval_strategy="steps", eval_steps=r.eval_steps) if r.eval_steps else dict(eval_strategy="epoch")
     with warnings.catch_warnings():
@@ -172,7 +173,7 @@ def training_arguments(
             fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False, report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
             remove_unused_columns=False, average_tokens_across_devices=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **saving, **evaluating)
 
-# %% ../nbs/07_training.ipynb #ea2c9f2f
+# %% ../nbs/07_training.ipynb #13f052f2
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
@@ -239,7 +240,8 @@ class Engine(SFTTrainer):
     def _save_checkpoint(self, model, trial):
         "Write the checkpoint aside, flush it, rename it: it exists whole or not at all."
         name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(self.run.path/".saving", ignore_errors=True)
+        if self.args.should_save: shutil.rmtree(self.run.path/".saving", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.saving = True
         try: HFTrainer._save_checkpoint(self, model, trial)          # TRL's own would add a model card
         finally: self.saving = False
@@ -258,11 +260,11 @@ class Engine(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         save_model(self.model, self.data_prepared.tokenizer, output_dir, self.data_prepared.stop_ids)
 
-# %% ../nbs/07_training.ipynb #36af3680
+# %% ../nbs/07_training.ipynb #07f279a3
 class NonFiniteLoss(ModelError):
     "The loss or the gradient became infinite or not-a-number; the message names the step and its rows."
 
-# %% ../nbs/07_training.ipynb #01f83abf
+# %% ../nbs/07_training.ipynb #3ca06fa5
 class Recorder(TrainerCallback):
     "Writes the events of a run from its main process and carries out what is asked of it."
     def __init__(self, engine:Engine):
@@ -303,28 +305,35 @@ class Recorder(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs): self.lr = self.engine._get_learning_rate()
 
     def _obey(self, state, control):
-        asked = self.engine.run.take_request()
+        asked = self._asked()
         if asked == "pause": asked = self._pause(state)
-        if asked == "stop" or self.stop_asked:
-            self.outcome = "interrupted" if self.stop_asked else "stopped"
+        if asked in ("stop", "interrupt"):
+            self.outcome = "interrupted" if asked == "interrupt" else "stopped"
             control.should_save = control.should_training_stop = True
         if asked == "checkpoint": control.should_save = True
         if asked == "evaluate" and self.engine.data_prepared.valid_rows: control.should_evaluate = True
+
+    def _asked(self):
+        "What was asked of the run, the same in every process: the most pressing of what any of them has seen."
+        main, order = self.engine.is_world_process_zero(), (None, *RunDirectory.requests, "interrupt")
+        seen = order.index("interrupt" if self.stop_asked else self.engine.run.take_request() if main else None)
+        if self.engine.args.world_size > 1: seen = int(self.engine.accelerator.gather(torch.tensor([seen], device=self.engine.args.device)).max())
+        return order[seen]
 
     def _pause(self, state):
         "Wait for `resume` or `stop`; the stop button of the notebook ends the wait too."
         self.add("state", state="paused", step=state.global_step, **this_process())
         asked = None
-        while asked not in ("resume", "stop") and not self.stop_asked:
+        while asked not in ("resume", "stop", "interrupt"):
             time.sleep(0.1)
-            asked = self.engine.run.take_request()
+            asked = self._asked()
         self.add("state", state="training", step=state.global_step, **this_process())
         return asked
 
     def on_evaluate(self, args, state, control, **kwargs): self.began = time.monotonic()
     def on_save(self, args, state, control, **kwargs): self.began = time.monotonic()
 
-# %% ../nbs/07_training.ipynb #2b47bc3b
+# %% ../nbs/07_training.ipynb #3b417dd6
 @contextlib.contextmanager
 def stop_on_interrupt(
     recorder:Recorder, # told to stop after the current step
@@ -340,7 +349,7 @@ def stop_on_interrupt(
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_training.ipynb #524199e9
+# %% ../nbs/07_training.ipynb #cccfd2af
 def claim(
     r:Recipe,
 )->tuple[RunDirectory, Path|None]: # the directory, and the checkpoint to go on from
@@ -368,7 +377,7 @@ def _set_aside(path):
     path.mkdir()
     for stored in filter(_is_stored_data, kept.iterdir()): shutil.copy2(stored, path/stored.name)
 
-# %% ../nbs/07_training.ipynb #ab0b6e9d
+# %% ../nbs/07_training.ipynb #f7594a5d
 def about(
     data:Prepared,
     device:torch.device,
@@ -382,7 +391,27 @@ def about(
                 template=data.template and data.template.name, template_hash=template, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
                 device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)))
 
-# %% ../nbs/07_training.ipynb #3229ba0c
+# %% ../nbs/07_training.ipynb #b3867948
+def process_rank()->int: return int(os.environ.get("RANK", 0))
+def process_count()->int: return int(os.environ.get("WORLD_SIZE", 1))
+
+def from_main_process(
+    call, # a function without arguments
+): # what it returned in the first process
+    "Call `call` in the first process alone; all processes get its result, or raise its error."
+    if process_count() == 1: return call()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    PartialState(cpu=best_device().type == "cpu")
+    outcome = [None, None]
+    if process_rank() == 0:
+        try: outcome[0] = call()
+        except SftkitError as e: outcome[1] = e
+    broadcast_object_list(outcome)
+    if outcome[1] is not None: raise outcome[1]
+    return outcome[0]
+
+# %% ../nbs/07_training.ipynb #05dbdb69
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -408,8 +437,9 @@ class Trainer:
         "Train. Raises before any weight loads if the recipe cannot be carried out here; returns early if interrupted or asked to stop."
         device = best_device()
         dtype, data = compute_dtype(self.recipe.mixed_precision, device), self.data
-        run, checkpoint = claim(self.recipe)
-        with view(run) if view else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path)) as log:
+        run, checkpoint = from_main_process(lambda: claim(self.recipe))
+        main = process_rank() == 0
+        with view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull)) as log:
             try: model = self._run(log, run, data, device, dtype, checkpoint)
             except BaseException as e:
                 log.append("state", state="failed", step=_last_step(run), error=f"{type(e).__name__}: {e}", **this_process())
@@ -418,9 +448,7 @@ class Trainer:
 
     def _run(self, log, run, data, device, dtype, checkpoint):
         log.append("state", state="starting", step=_last_step(run), **this_process())
-        for rows, path in ((self._rows, self.recipe.data_path), (self._valid_rows, self.recipe.valid_path)):
-            if rows is not None: store_rows(rows, path)
-        write_atomic(run.recipe_path, self.recipe.replace(resume=None).to_yaml(about=about(data, device)))
+        if process_rank() == 0: self._write_plan(run, data, device)
         model = load_for_training(self.recipe, data.tokenizer, data.new_ids, device, dtype)
         check_scoring(model, data.train.examples[0]["input_ids"][:64])
         self._announce(log, data, model, device, dtype)
@@ -428,14 +456,20 @@ class Trainer:
         log.append("state", state=state, step=_last_step(run), **this_process())
         return model
 
+    def _write_plan(self, run, data, device):
+        for rows, path in ((self._rows, self.recipe.data_path), (self._valid_rows, self.recipe.valid_path)):
+            if rows is not None: store_rows(rows, path)
+        write_atomic(run.recipe_path, self.recipe.replace(resume=None).to_yaml(about=about(data, device)))
+
     def _train(self, log, run, model, data, device, dtype, checkpoint):
-        prompts = sample_prompts(data)
+        prompts = sample_prompts(data) if process_rank() == 0 else []
         if checkpoint is None: write_samples(log, model, data, prompts, "before")
         engine = Engine(model, data, run, log, device, dtype)
         with stop_on_interrupt(engine.recorder): engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if engine.recorder.outcome != "finished": return engine.recorder.outcome
         write_samples(log, model, data, prompts, "after")
-        keep(model, data, run)
+        if process_rank() == 0: keep(model, data, run)
+        engine.accelerator.wait_for_everyone()
         return "finished"
 
     def _announce(self, log, data, model, device, dtype):
@@ -443,12 +477,12 @@ class Trainer:
         for text in (*data.notes, attention_backend(r.use_flash_attention_2, device)[1]):
             if text: log.append("note", level="warning", text=text)
         stats = data.train.stats
-        log.append("plan", model=r.model, total_steps=data.steps()[1], epochs=r.epochs, rows=stats["rows"], eval_rows=len(data.valid_rows), trainable_parameters=trainable, total_parameters=total,
+        log.append("plan", model=r.model, total_steps=data.steps(process_count())[1], epochs=r.epochs, rows=stats["rows"], eval_rows=len(data.valid_rows), trainable_parameters=trainable, total_parameters=total,
                    device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
 
 def _last_step(run): return max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
 
-# %% ../nbs/07_training.ipynb #f20f488a
+# %% ../nbs/07_training.ipynb #f888fcec
 def trainer_class(
     name:str, # the recipe's `trainer`: "sft", or "module:Class"
 )->type: # Trainer or a subclass
@@ -460,7 +494,7 @@ def trainer_class(
     if not (isinstance(found, type) and issubclass(found, Trainer)): raise RunError(f"`{name}` is no subclass of sftkit.training.Trainer.")
     return found
 
-# %% ../nbs/07_training.ipynb #179ded14
+# %% ../nbs/07_training.ipynb #b95e7d73
 def sample_prompts(
     data:Prepared,
     count:int=3,
@@ -468,10 +502,20 @@ def sample_prompts(
     "Prompts to answer before and after: of held-out rows, else of training rows. None for plain text, which has no prompt."
     if data.encoder.shape.kind == "text": return []
     rows = (data.valid_rows or data.train_rows)[:count]
-    decode = data.tokenizer.decode
-    return [(decode(ids), data.encoder.reference(row.value), ids) for row in rows for ids in [data.encoder.prompt(row.value)]]
+    return [(asked(row.value), data.encoder.reference(row.value), data.encoder.prompt(row.value)) for row in rows]
 
-# %% ../nbs/07_training.ipynb #3137d9bc
+def asked(
+    prompt, # text, list of messages, or row
+)->str:
+    "The words a person would say were asked, without the template around them."
+    if isinstance(prompt, str): return prompt
+    messages = prompt if isinstance(prompt, list) else prompt.get("messages") or prompt.get("conversations")
+    if messages:
+        users = [m.get("content", m.get("value")) for m in messages if m.get("role", m.get("from")) in ("user", "human")]
+        return str(users[-1] if users else messages[-1])
+    return next((str(prompt[c]) for c in ("prompt", "question", "instruction", "text") if c in prompt), str(prompt))
+
+# %% ../nbs/07_training.ipynb #793e4c6e
 def write_samples(
     log:EventLog,
     model,
@@ -484,7 +528,7 @@ def write_samples(
     texts = generate(model, data.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, stop_ids=data.stop_ids)
     for (prompt, reference, _), text in zip(prompts, texts): log.append("sample", when=when, prompt=prompt, reference=reference, text=text)
 
-# %% ../nbs/07_training.ipynb #35dfc9c9
+# %% ../nbs/07_training.ipynb #b810c3de
 def keep(
     model, # as trained
     data:Prepared,

@@ -7,10 +7,10 @@ __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'hu
            'series', 'nice_ticks', 'curve_svg', 'svg_image', 'gauge_html', 'compare_html', 'run_text', 'run_html',
            'preview_html', 'preview_text', 'plan_html', 'plan_text', 'report_html', 'history_figure']
 
-# %% ../nbs/09_view.ipynb #e5a650a7
+# %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
 
-# %% ../nbs/09_view.ipynb #2ed27e0a
+# %% ../nbs/09_view.ipynb #8a176eb8
 _BIDI = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _INVISIBLE = re.compile(f"[{_BIDI}\ufeff\u200b\u2028\u2029\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -35,7 +35,7 @@ def html_escape(
     "Text as HTML: markup escaped, hidden characters visible, long text clipped."
     return html.escape(visible(text if limit is None else clip(text, limit)), quote=True)
 
-# %% ../nbs/09_view.ipynb #c2474ca6
+# %% ../nbs/09_view.ipynb #88100f4d
 def _tag(
     name:str, # of the element
     inner:str|None=None, # HTML inside, written as it is; None for an element without content
@@ -46,7 +46,7 @@ def _tag(
     head = name + "".join(f' {k.replace("_", "-")}="{value(v)}"' for k, v in attributes.items())
     return f"<{head}/>" if inner is None else f"<{head}>{inner}</{name}>"
 
-# %% ../nbs/09_view.ipynb #985dbc7d
+# %% ../nbs/09_view.ipynb #285fa1c9
 def human_bytes(
     n, # bytes, or None
 )->str: # "3.2 GiB"; "–" for None
@@ -78,11 +78,11 @@ def human_number(
         return f"{int(x):,}"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
-# %% ../nbs/09_view.ipynb #f21cd382
+# %% ../nbs/09_view.ipynb #9a187209
 _FEW = 12 # up to this many steps the points themselves are drawn, and nothing is smoothed
 def _number(x): return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
 
-# %% ../nbs/09_view.ipynb #7fe8a30a
+# %% ../nbs/09_view.ipynb #ab33781b
 class Progress:
     "What the events seen so far amount to."
     running = ("starting", "training")
@@ -164,7 +164,7 @@ class Progress:
         seconds = sum(e["seconds"] for e in recent)
         total = self.plan.get("total_steps")
         left = max(total - self.step, 0) * seconds / len(recent) if total and recent and self.state in (*self.running, "paused", "") else None
-        return dict(state=self.state, error=self.error, model=self.plan.get("model"), rows=self.plan.get("rows"), step=self.step, total_steps=total,
+        return dict(state=self.state, error=self.error, model=_model_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
             epoch=self.steps[-1].get("epoch") if self.steps else None, epochs=self.plan.get("epochs"), device=self.plan.get("device"), dtype=self.plan.get("dtype"),
             first_loss=known(self.steps), loss=known(reversed(self.steps)), smooth_loss=self._smooth_loss(),
             eval_loss=self.evals[-1].get("loss") if self.evals else None, perplexity=self.evals[-1].get("perplexity") if self.evals else None,
@@ -172,7 +172,10 @@ class Progress:
             tokens_per_second=sum(e.get("seq_tokens") or e.get("tokens") or 0 for e in recent) / seconds if seconds else None,
             trained_tokens=self.trained_tokens, memory=self.memory, peak_bytes=self.peak_bytes or None, note=self.note)
 
-# %% ../nbs/09_view.ipynb #9f7ab17d
+def _model_name(model): # a hub id as it is; of a folder its own name, since the rest says something about the machine only
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and re.match(r"[/\\~.]|[A-Za-z]:[/\\]", model) else model
+
+# %% ../nbs/09_view.ipynb #937b5876
 def _column(events, name, by="step"): return [e[by] for e in events], [_number(e.get(name)) for e in events]
 
 def decimate(
@@ -206,7 +209,7 @@ def smooth(
         out.append(mean / weight if weight else math.nan)
     return out
 
-# %% ../nbs/09_view.ipynb #969ac78c
+# %% ../nbs/09_view.ipynb #ba5e38f9
 def _as_progress(events): return events if isinstance(events, Progress) else Progress(events)
 
 def series(
@@ -225,7 +228,7 @@ def series(
         out[name] = ([x[i] for i in keep], [y[i] for i in keep])
     return out
 
-# %% ../nbs/09_view.ipynb #3d796fd4
+# %% ../nbs/09_view.ipynb #aec3eaa9
 _INK, _TRAIN, _EVAL, _ALARM = "#7d838c", "#3b7dd8", "#d9780a", "#d5483c"
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 
@@ -261,7 +264,7 @@ def _path(x, y, fx, fy): # an SVG path; a value that is not finite breaks the li
         out.append(f"{pen}{fx(a):.1f} {fy(b):.1f}"); pen = "L"
     return "".join(out)
 
-# %% ../nbs/09_view.ipynb #8fad8c3c
+# %% ../nbs/09_view.ipynb #1860c252
 def _svg_text(x, y, text, anchor="start", ink=_INK, size=11, **attributes):
     return _tag("text", html_escape(text), x=float(x), y=float(y), text_anchor=anchor, fill=ink, font_size=size, **attributes)
 
@@ -327,7 +330,7 @@ def _svg_end_labels(curves, fx, fy, right, dense): # the last values, written wh
         ends[0][0], ends[1][0] = middle - 6.5, middle + 6.5
     return "".join(_svg_text(right + 8, y, label, ink=ink, size=11.5, font_weight=600) for y, label, ink in ends)
 
-# %% ../nbs/09_view.ipynb #a26be0d0
+# %% ../nbs/09_view.ipynb #4df57115
 def curve_svg(
     curves:dict, # what `series` returns; loss, smooth_loss and eval_loss are drawn
     marks=(), # dicts with step, kind ("checkpoint", "interrupted", "resumed", ...) and label: `Progress.marks`
@@ -364,7 +367,7 @@ def svg_image(
     "An SVG as an image, so that no viewer strips it."
     return _tag("img", alt=alt, style=style, src=f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}")
 
-# %% ../nbs/09_view.ipynb #6594ee44
+# %% ../nbs/09_view.ipynb #594363ff
 def _memory_words(memory, peak_bytes=None):
     allocated, limit = memory.get("allocated_bytes") or 0, memory.get("limit_bytes")
     peak = max(peak_bytes or 0, memory.get("peak_bytes") or 0, allocated)
@@ -390,7 +393,7 @@ def gauge_html(
     picture = svg_image(_svg(width, 16, bars + bar(max(peak - 2, 0), 2, ink, y=0, height=16, rx=0)), f"memory: {words}", "max-width:100%;vertical-align:middle;margin-right:8px")
     return _tag("div", picture + " " + _tag("span", html_escape(f"{memory.get('device') or 'memory'}: {words}"), style="font-size:12px;opacity:.8"), style="margin:4px 0")
 
-# %% ../nbs/09_view.ipynb #fce58dd5
+# %% ../nbs/09_view.ipynb #7f92caf6
 _STATES = {state: f"{sign} {state}" for state, sign in dict(starting="◌", training="▶", paused="‖", finished="✓", interrupted="■", stopped="■", failed="✕", died="✕").items()}
 _TABLE, _SMALL = "border-collapse:collapse;border:0;margin:6px 0;width:100%", "font-size:12px;opacity:.75"
 _RULE = "1px solid rgba(128,128,128,.3)"
@@ -423,7 +426,7 @@ def compare_html(
     foot = ([f"✓ exactly the reference: {', '.join(counts)}"] if counts else []) + ([f"{len(rows) - max_rows:,} more rows"] if len(rows) > max_rows else [])
     return _tag("div", _tag("table", table, style=f"{_TABLE};table-layout:fixed") + _tag("div", html_escape(" · ".join(foot)), style=_SMALL), style=f"{_BOX};max-width:960px")
 
-# %% ../nbs/09_view.ipynb #cc76194b
+# %% ../nbs/09_view.ipynb #a489775d
 def _arrow(first, last): return human_number(last) if first is None or last is None or first == last else f"{human_number(first)} → {human_number(last)}"
 
 def _tile(label, value): # label above value; a viewer without styles puts the dot between tiles
@@ -463,7 +466,7 @@ def _details(p, f): # [(label, value)]: the small print
     if f["device"]: pairs.append(("device", " · ".join(str(v) for v in (f["device"], f["dtype"]) if v)))
     return pairs
 
-# %% ../nbs/09_view.ipynb #93322266
+# %% ../nbs/09_view.ipynb #5060791e
 def run_text(
     events, # events of a run, or a `Progress`
 )->str: # one line
@@ -492,7 +495,7 @@ def run_html(
 
 def _gauge(p): return gauge_html({**p.memory, "peak_bytes": p.peak_bytes}) if p.memory else ""
 
-# %% ../nbs/09_view.ipynb #b2d06b37
+# %% ../nbs/09_view.ipynb #dfd9a2dc
 _HUES = {"system": "154,103,196", "user": "59,125,216", "prompt": "59,125,216", "tool": "217,120,10", "template": "125,131,140"}
 _ANSWER = "22,148,106"
 _SPECIAL = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z/_]{2,20}\]|<｜.{1,60}｜>")
@@ -528,7 +531,7 @@ def _spaces(text): # newlines and tabs get a sign; spaces do where nothing else 
     if text and not text.strip(" "): text = "·" * len(text)
     return visible(text).replace("\t", "→\t").replace("\n", "↵\n")
 
-# %% ../nbs/09_view.ipynb #48f01fa2
+# %% ../nbs/09_view.ipynb #87af3455
 def _token_style(role, state):
     hue = _HUES.get(role, _ANSWER)
     if state == "trained": return f"background:rgba({hue},.26);border-bottom:2px solid rgb({hue});font-weight:600;padding:1px 0"
@@ -572,7 +575,7 @@ def _preview_headline(rows, stats): # the sentences above a preview
     if lost: lines.append(f"⚠ {lost:,} lose{'s' if lost == 1 else ''} everything that would be trained")
     return " · ".join(lines)
 
-# %% ../nbs/09_view.ipynb #24280cf1
+# %% ../nbs/09_view.ipynb #2ab43128
 def preview_html(
     encoded_rows:list, # dicts of `Encoder`: input_ids, labels, roles, cut_ids, cut_labels, offsets, text; optionally `where`
     tokenizer_decode, # id -> str, used for tokens that stand for no text, such as an appended EOS
@@ -596,7 +599,7 @@ def preview_html(
     headline = _tag("div", html_escape(_preview_headline(rows, stats or {})), style="margin:0 0 6px")
     return _tag("div", _heading(title) + headline + _tag("div", " &nbsp; ".join(legend), style="font-size:12px;margin:0 0 8px") + "".join(body), style=f"{_BOX};max-width:960px")
 
-# %% ../nbs/09_view.ipynb #73420ae3
+# %% ../nbs/09_view.ipynb #ae0f4cd5
 def preview_text(
     encoded_rows:list, # as for `preview_html`
     tokenizer_decode, # id -> str
@@ -621,7 +624,7 @@ def preview_text(
             out.append(f"  {visible(clip(role, 40)):<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
     return "\n".join(out)
 
-# %% ../nbs/09_view.ipynb #0b6b8d8f
+# %% ../nbs/09_view.ipynb #e3d54148
 def plan_html(
     plan:dict, # title; rows: [(label, value)]; warnings: [str]
 )->str: # HTML with inline styles only
@@ -639,7 +642,7 @@ def plan_text(
     lines = [f"  {k:<{width}}  " + v.replace("\n", "\n" + " " * (width + 4)) for k, v in rows]
     return "\n".join([visible(plan.get("title", "plan")), *lines, *(f"  ! {visible(clip(w, 1200))}" for w in plan.get("warnings") or ())])
 
-# %% ../nbs/09_view.ipynb #81879bbb
+# %% ../nbs/09_view.ipynb #407e83fe
 _SECRET_FIELD = re.compile(r"(^|_)(token|secret|password|api_key|key)$")
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
 
@@ -662,7 +665,7 @@ footer{margin-top:56px;color:var(--soft);font-size:12px}
 h2{break-after:avoid} img,tr{break-inside:avoid} *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 
-# %% ../nbs/09_view.ipynb #6223d2e0
+# %% ../nbs/09_view.ipynb #e2bf2784
 def report_html(
     events, # events of a run, or a `Progress`
     recipe:dict, # field -> value; nested dicts "versions" and "hardware" get a table of their own
@@ -688,7 +691,7 @@ def report_html(
     footer = "<footer>Made by sftkit from the events of the run.</footer>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{_tag("main", "".join(parts) + footer)}</body></html>'
 
-# %% ../nbs/09_view.ipynb #ee811219
+# %% ../nbs/09_view.ipynb #15da231d
 def history_figure(
     events, # events of a run, or a `Progress`
     max_points:int=2000, # per curve

@@ -12,6 +12,7 @@ from sftkit.recipe import DataError, RecipeError, RunError
 from tiny import write_jsonl
 
 ROOT = Path(__file__).parent.parent
+PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 FAST = dict(epochs=2, batch_size=8, gradient_accumulation=1, lr=1e-2, chat_template="chatml")
 
 
@@ -19,7 +20,7 @@ def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
 
 
 def sftkit(*args, code=0, **env):
-    done = subprocess.run([sys.executable, "-m", "sftkit", *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    done = subprocess.run([sys.executable, "-m", "sftkit", *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH, **env})
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -43,7 +44,7 @@ def test_acceptance_03_four_spellings_one_run(tiny, chat_file, tmp_path):
     plan.to_yaml("r.yaml")
     from_yaml = Session.from_yaml("r.yaml").fit(project_name="yaml")
     plan.options(project_name="script").to_script("s.py")
-    subprocess.run([sys.executable, "s.py"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    subprocess.run([sys.executable, "s.py"], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True)
     sftkit("llm", *plan.options(project_name="cli").recipe.to_args())
     flat = train(plan.recipe.replace(project_name="flat"))
     assert len(losses(fluent)) == 12

@@ -18,6 +18,8 @@ from sftkit.recipe import DataError, ModelError, RecipeError, RunError
 from sftkit.training import NonFiniteLoss, Trainer
 from tiny import write_jsonl
 
+PYTHONPATH = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+
 
 def plan_for(model, source, project="run", **fields):
     return Session(model, project=project, chat_template="chatml", epochs=1, lr=1e-2, **fields).data(source)
@@ -187,7 +189,7 @@ run = Run.open({project!r}).resume() if {resume} else plan.fit()
 
 def start(tiny, chat_file, project, resume=False, lora=""):
     code = KILLED.format(tests=str(Path(__file__).parent), model=tiny, project=project, data=chat_file, resume=resume, lora=lora)
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PYTHONPATH}, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("lora", ["", ".lora(r=4, dropout=0.1)"])
@@ -347,3 +349,24 @@ def test_requests_from_outside(tiny, chat_file):
     thread = threading.Thread(target=watcher); thread.start()
     run = plan.fit(); thread.join()
     assert run.state == "stopped" and seen == [True] and len(run.directory.checkpoints()) == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accumulation):
+    """torchrun with two processes against one process with twice the accumulation: the same rows in each step, the same losses and weights."""
+    fields = dict(batch_size=4, epochs=2, save_steps=3, valid_split=8)
+    one = plan_for(tiny, chat_file, "one", gradient_accumulation=2 * accumulation).options(**fields).fit()
+    args = plan_for(tiny, chat_file, "two", gradient_accumulation=accumulation).options(**fields).recipe.to_args()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sftkit", "llm", *args],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = Run.open("two")
+    assert two.state == "finished" and losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(two)) > 3
+    evals = lambda run: [e["loss"] for e in run.events if e["kind"] == "eval"]
+    assert evals(two) == pytest.approx(evals(one), abs=1e-4)
+    a, b = load_file("one/model.safetensors"), load_file("two/model.safetensors")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    failed = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sftkit", "llm",
+                             *plan_for(tiny, chat_file, tiny).recipe.to_args()], capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""})
+    assert failed.returncode != 0 and "holds other files" in failed.stderr
