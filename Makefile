@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test notebooks readme export clean
+.PHONY: demo test pictures notebooks readme export clean
 
 # the installed environment; made again when what it is made from changes
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -30,3 +30,6 @@ export: $(VENV)/.installed    ## modules from notebooks, notebooks clean, README
 
 clean:
 	rm -rf $(VENV)
+
+pictures: $(VENV)/.installed ## pictures and figures of the README, after `make demo`
+	$(BIN)/python examples/pictures.py

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
-# %% ../nbs/12_session.ipynb #0d09e817
+# %% ../nbs/12_session.ipynb #edcbe012
 import functools, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
 from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields, unknown_field
 
-# %% ../nbs/12_session.ipynb #a073c7ed
+# %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
     "Something to look at: HTML where there is a notebook, text elsewhere."
     def __init__(self, html:str, text:str): self.html, self.text = html, text
     def _repr_html_(self)->str: return self.html
     def __repr__(self)->str: return self.text
 
-# %% ../nbs/12_session.ipynb #6a5be86d
+# %% ../nbs/12_session.ipynb #74771cae
 _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet", ".gz")
 _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     template=dict(chat_template="chat_template"),
@@ -29,7 +29,7 @@ _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     metrics=dict(names="eval_metrics", save_predictions="eval_save_predictions", max_new_tokens="eval_max_new_tokens"),
     log=dict(names="log"))
 
-# %% ../nbs/12_session.ipynb #1cb8eb95
+# %% ../nbs/12_session.ipynb #bf63460e
 class Session:
     """A plan for fine-tuning `model`. Steps return a new plan; `fit` carries it out.
 
@@ -204,7 +204,7 @@ class Session:
         from sftkit.view import plan_text
         return plan_text(self._facts())
 
-# %% ../nbs/12_session.ipynb #3206cea0
+# %% ../nbs/12_session.ipynb #8b7c71b0
 def _checked(fields):
     good, mistakes = check_fields(fields)
     raise_all(mistakes)
@@ -222,14 +222,18 @@ def _portable(plan):
         raise RecipeError(f"The trainer `{name}` is defined in this notebook or script, where no other process finds it. Put the class into a file, e.g. my_trainer.py, import it from there, and pass it to .trainer() again.")
     return plan
 
-# %% ../nbs/12_session.ipynb #5fc81c20
+# %% ../nbs/12_session.ipynb #779c23be
+def _short(path):
+    "A path to show: of one outside the current folder, the last two parts."
+    return path if not path or not Path(path).is_absolute() else str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else "…/" + "/".join(Path(path).parts[-2:])
+
 def _plan_facts(plan):
     "The rows of a plan's table; mistakes and missing parts are its warnings."
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
-    source = f"{len(plan._rows):,} rows in memory" if plan._rows is not None else f.get("data_path", "none yet: add .data(...)")
-    held = f"{len(plan._valid_rows):,} rows in memory" if plan._valid_rows is not None else value("valid_path") or value("valid_split")
+    source = f"{len(plan._rows):,} rows in memory" if plan._rows is not None else _short(f.get("data_path", "none yet: add .data(...)"))
+    held = f"{len(plan._valid_rows):,} rows in memory" if plan._valid_rows is not None else _short(value("valid_path")) or value("valid_split")
     adapter = f"LoRA, rank {value('lora_r')}, alpha {value('lora_alpha')}, on {value('target_modules')}" if value("peft") else "all weights"
-    rows = [("model", f["model"]), ("data", str(source) + (f" · through {len(plan._maps)} map step{'s' * (len(plan._maps) > 1)}" if plan._maps else "")),
+    rows = [("model", _short(f["model"])), ("data", str(source) + (f" · through {len(plan._maps)} map step{'s' * (len(plan._maps) > 1)}" if plan._maps else "")),
             ("evaluation", str(held) if held else "none; .data(..., eval=0.1) holds rows out"), ("template", value("chat_template") or "the model's own, else chatml"),
             ("trains", adapter + (f" · base in {value('quantization')}" if value("quantization") else "")),
             ("steps", f"{value('epochs'):g} epochs of {value('batch_size')} x {value('gradient_accumulation')} rows a step · lr {value('lr'):g}, {value('scheduler')}" + (f" · at most {value('max_steps')} steps" if value("max_steps") > 0 else "")),
@@ -238,14 +242,14 @@ def _plan_facts(plan):
     except (RecipeError, DataError) as e: warnings = [str(e)]
     return dict(title=f"Plan: {f['project_name']}", rows=rows, warnings=warnings)
 
-# %% ../nbs/12_session.ipynb #6af0f278
+# %% ../nbs/12_session.ipynb #797c93f5
 def _call(name, arguments): return f".{name}({', '.join(arguments)})"
 
 def _step_call(step, fields):
     "`.lora(r=64)` and so on, from the fields of that step; takes them out of `fields`."
     return _call(step, [f"{k}={fields.pop(field)!r}" for k, field in _STEPS[step].items() if field in fields])
 
-# %% ../nbs/12_session.ipynb #b3d96626
+# %% ../nbs/12_session.ipynb #c51ab4da
 def script(
     recipe:Recipe,
 )->str: # Python source
@@ -264,7 +268,7 @@ def script(
     options = ",\n                   ".join(f"{k}={v!r}" for k, v in fields.items())
     return (f"from sftkit import Session\n\nplan = ({lines})\n\nif __name__ == \"__main__\":\n    run = plan.fit({options})\n    print(\"Report:\", run.report())\n")
 
-# %% ../nbs/12_session.ipynb #66886e97
+# %% ../nbs/12_session.ipynb #dceda3c1
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     recipe, work = plan.recipe, plan._work
@@ -280,7 +284,7 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #712979cf
+# %% ../nbs/12_session.ipynb #43f6e55c
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
@@ -403,7 +407,7 @@ class Run:
         from sftkit.view import run_text
         return f"{self.path}: {run_text(self.events)}"
 
-# %% ../nbs/12_session.ipynb #18208b59
+# %% ../nbs/12_session.ipynb #9d9e23db
 def _load_run(run):
     import yaml
     from sftkit.chat import resolve_template
@@ -419,7 +423,7 @@ def _load_run(run):
     ends = model.generation_config.eos_token_id
     return model, tokenizer, encoder, [ends] if isinstance(ends, int) else list(ends or [])
 
-# %% ../nbs/12_session.ipynb #4a9ed8e3
+# %% ../nbs/12_session.ipynb #55fdc429
 class _as_base:
     "The run with its base model in place of the tuned one: the adapter switched off, or the base loaded."
     def __init__(self, run): self.run = run
@@ -436,7 +440,7 @@ class _as_base:
     def __exit__(self, *error):
         if self.off: self.off.__exit__(*error)
 
-# %% ../nbs/12_session.ipynb #34844370
+# %% ../nbs/12_session.ipynb #443cf6a7
 def _answer(encoder, prompt): return encoder.reference(prompt) if isinstance(prompt, dict) else None
 
 class Comparison(list):
@@ -450,7 +454,7 @@ class Scores(dict):
     "Metrics by name; `scores['predictions']` holds prompt, reference and prediction of each row."
     def __repr__(self)->str: return ", ".join(f"{k} {v:.4g}" for k, v in self.items() if isinstance(v, (int, float)))
 
-# %% ../nbs/12_session.ipynb #3f35c2a6
+# %% ../nbs/12_session.ipynb #4a109280
 def _report(run):
     import yaml
     from sftkit.view import preview_html, report_html
@@ -460,7 +464,7 @@ def _report(run):
     recipe = {**run.recipe.to_dict(defaults=True), "versions": about.get("packages", {}), "hardware": made}
     return report_html(run.events, recipe, preview=plan.preview(3).html, title=run.path.name)
 
-# %% ../nbs/12_session.ipynb #602cd8f5
+# %% ../nbs/12_session.ipynb #3cb83629
 def compare(
     *runs:Run, # two or more
 )->"Compared":
