@@ -12,7 +12,6 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIP = re.compile(r"^#\| *(hide|eval: *false)\b", re.M)
 
 
 def notebooks(): return sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -28,14 +27,20 @@ def execute(path, folder=None, timeout=900):
     return book
 
 
+def _output_only(cell):
+    "A cell that makes text: only what it makes is shown."
+    return nbformat.v4.new_markdown_cell("\n".join(o["data"]["text/markdown"] for o in cell.outputs))
+
+
 def readme(path=ROOT / "nbs" / "index.ipynb"):
     "README text: the index notebook as Markdown, without hidden cells and directives."
     from nbconvert import MarkdownExporter
     book = nbformat.read(path, as_version=4)
     book.cells = [c for c in book.cells if not re.search(r"^#\| *hide\b", c.source, re.M)]
+    book.cells = [_output_only(c) if re.search(r"^#\| *echo: *false\b", c.source, re.M) else c for c in book.cells]
     for cell in book.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(book)
-    text = text.replace("](../docs/", "](docs/").replace("](tutorials/", "](nbs/tutorials/")
+    text = re.sub(r"\]\((\d\d_|tutorials/)", r"](nbs/\1", text.replace("](../docs/", "](docs/"))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
