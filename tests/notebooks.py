@@ -21,9 +21,9 @@ def execute(path, folder=None, timeout=900):
     "Run a notebook from top to bottom in an empty folder; returns it with its outputs. A cell that fails raises."
     from nbclient import NotebookClient
     book = nbformat.read(path, as_version=4)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(os.cpu_count())}
     with tempfile.TemporaryDirectory() as own:
-        NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute()
+        NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute(env=env)
     return book
 
 
