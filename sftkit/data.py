@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'plain', 'available_splits', 'read_rows', 'rows_hash', 'write_rows', 'store_rows', 'map_rows', 'Shape',
            'detect_shape', 'conversation', 'aligned_tokens', 'Encoder', 'Encoded', 'encode_rows', 'split_rows',
-           'text_blocks', 'collate', 'sample_data']
+           'text_blocks', 'collate', 'pack_rows', 'collate_packed', 'sample_data']
 
 # %% ../nbs/03_data.ipynb #f8dc78f0
 import ast, copy, csv, difflib, gzip, hashlib, importlib.resources, io, json, math, os, random, re, sys
@@ -883,6 +883,44 @@ def collate(
         at = slice(0, n) if padding_side == "right" else slice(width - n, width)
         batch["input_ids"][i, at], batch["labels"][i, at] = e["input_ids"], e["labels"]
         batch["attention_mask"][i, at], batch["position_ids"][i, at] = 1, np.arange(n)
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
+
+# %% ../nbs/03_data.ipynb #a8227d7c
+def pack_rows(
+    lengths, # tokens of each document, in the (shuffled) order in which equals are taken
+    capacity:int, # tokens of a row
+)->list: # rows: lists of positions in `lengths`
+    "Best-fit decreasing. Raises `DataError` for a document that is longer than a row."
+    import bisect
+    rows, room = [], []                          # room: sorted (free tokens, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > capacity: raise DataError(f"A document of {lengths[i]} tokens does not fit into a packed row of {capacity}.")
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        free, row = room.pop(at) if at < len(room) else (capacity, len(rows))
+        if row == len(rows): rows.append([])
+        rows[row].append(i)
+        if free > lengths[i]: bisect.insort(room, (free - lengths[i], row))
+    return rows
+
+# %% ../nbs/03_data.ipynb #826eb870
+def collate_packed(
+    rows, # one list of examples for each row
+    pad_token_id:int, # any id; pads form a document of their own, which is not trained
+)->dict: # torch int64 (batch, seq): input_ids, labels, position_ids (start again at 0 with each document), documents (1, 2, ... in each row; 0 = padding)
+    "A batch of packed rows. The first token of each document is not trained, since it has nothing before it."
+    import torch
+    width = max(sum(len(e["input_ids"]) for e in row) for row in rows)
+    batch = {k: np.full((len(rows), width), fill) for k, fill in (("input_ids", pad_token_id), ("labels", -100), ("position_ids", 0), ("documents", 0))}
+    for i, row in enumerate(rows):
+        start = 0
+        for number, e in enumerate([*row, None], 1):
+            n = len(e["input_ids"]) if e else width - start
+            at = slice(start, start + n)
+            batch["position_ids"][i, at] = np.arange(n)
+            if e:
+                batch["input_ids"][i, at], batch["labels"][i, at], batch["documents"][i, at] = e["input_ids"], e["labels"], number
+                batch["labels"][i, start] = -100
+            start += n
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
 
 # %% ../nbs/03_data.ipynb #a2925266

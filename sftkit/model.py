@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['best_device', 'compute_dtype', 'load_tokenizer', 'add_tokens', 'attention_backend', 'load_base', 'fit_embeddings',
-           'linear_layers', 'add_lora', 'parameter_counts', 'recompute_activations', 'load_for_training', 'save_model',
-           'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum', 'check_scoring', 'mean_token_loss',
+           'linear_layers', 'add_lora', 'parameter_counts', 'recompute_activations', 'earlier_weights',
+           'load_for_training', 'save_model', 'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum',
+           'distillation_sums', 'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'mean_token_loss',
            'sample_model']
 
-# %% ../nbs/04_model.ipynb #6953ebdf
+# %% ../nbs/04_model.ipynb #d43b1155
 import contextlib, functools, importlib.util, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 import torch
 from torch import nn
+from .events import RunDirectory
 from .recipe import ModelError, Recipe, did_you_mean
 
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"): logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -94,7 +96,7 @@ def attention_backend(
     why = "needs an NVIDIA GPU" if device.type != "cuda" else "is not installed (pip install flash-attn)"
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
 
-# %% ../nbs/04_model.ipynb #a728880a
+# %% ../nbs/04_model.ipynb #0c6a5717
 def load_base(
     model:str, # hub id or folder
     dtype:torch.dtype=torch.float32, # of the weights (of the computation, if quantised)
@@ -108,7 +110,7 @@ def load_base(
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     config = dict(quantization_config=_quantization_config(quantization, dtype)) if quantization else {}
-    loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, dtype=dtype, device_map={"": str(device)}, attn_implementation=attention,
+    loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, dtype=dtype, device_map={"": str(device)}, attn_implementation=None if attention == "sdpa" else attention,      # None: sdpa where the family has it
                    use_safetensors=True, trust_remote_code=trust_remote_code, **config)
     if quantization == "int4": _keep_gradients_on_cpu(loaded)
     # a padding_idx would zero the gradient of that token's embedding, and the padding token may well be a token of the text (pad = eos)
@@ -200,7 +202,35 @@ def recompute_activations(
     if hasattr(model, "activation_checkpointing_enable"): model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})      # transformers before 5.20
 
-# %% ../nbs/04_model.ipynb #80502243
+# %% ../nbs/04_model.ipynb #63b10745
+def _is_adapter(folder): return (Path(folder)/"adapter_config.json").exists()
+
+def earlier_weights(
+    r:Recipe,
+)->Path|None: # the folder whose weights or adapter the run starts from; None: it starts from `r.model`
+    "What `continue_from` points to, checked without loading it. Raises `ModelError`, also for a `model` that is an adapter."
+    import json
+    if _is_adapter(r.model):
+        base = json.loads((Path(r.model)/"adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ModelError(f"`{r.model}` holds an adapter and no model. To train it further: `model={base!r}, continue_from={r.model!r}, peft=True`. To build on it: merge it first.")
+    if r.continue_from is None: return None
+    run, complete = Path(r.continue_from), lambda p: _is_adapter(p) or (p/"config.json").exists()
+    checkpoints = RunDirectory(run).checkpoints()
+    folder = run if complete(run) else checkpoints[-1][1] if checkpoints else None
+    if folder is None or not complete(folder): raise ModelError(f"`continue_from={r.continue_from!r}` holds no weights. Accepted: a run directory with a result or a checkpoint, or a checkpoint of one.")
+    if not _is_adapter(folder): return folder
+    saved = json.loads((folder/"adapter_config.json").read_text())
+    if not r.peft: raise ModelError(f"`{folder}` holds an adapter: add `peft=True, lora_r={saved['r']}, lora_alpha={saved['lora_alpha']}` to train it further, or merge it first.")
+    if (saved["r"], saved["lora_alpha"]) != (r.lora_r, r.lora_alpha):
+        raise ModelError(f"The adapter in `{folder}` has lora_r={saved['r']} and lora_alpha={saved['lora_alpha']}, the recipe says {r.lora_r} and {r.lora_alpha}. Use the adapter's: `lora_r={saved['r']}, lora_alpha={saved['lora_alpha']}`.")
+    return folder
+
+def _load_adapter(model, folder):
+    from peft import PeftModel
+    model.config.use_cache = False
+    with _quiet_peft(): return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+# %% ../nbs/04_model.ipynb #794ff8a0
 def load_for_training(
     r:Recipe,
     tokenizer, # with the new tokens already added
@@ -211,10 +241,12 @@ def load_for_training(
     "The model as the recipe describes it: base, quantisation, token rows, adapter, checkpointing."
     from transformers import set_seed
     set_seed(r.seed)
-    weights = dtype if r.peft else torch.float32
-    model = load_base(r.model, weights, device, r.quantization, attention_backend(r.use_flash_attention_2, device)[0], r.trust_remote_code)
+    weights, earlier = dtype if r.peft else torch.float32, earlier_weights(r)
+    source = earlier if earlier and not _is_adapter(earlier) else r.model
+    model = load_base(source, weights, device, r.quantization, attention_backend(r.use_flash_attention_2, device)[0], r.trust_remote_code)
     fit_embeddings(model, tokenizer)
-    if r.peft: model = add_lora(model, r, new_ids)
+    if earlier and _is_adapter(earlier): model = _load_adapter(model, earlier)
+    elif r.peft: model = add_lora(model, r, new_ids)
     if r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu"): recompute_activations(model)
     return model.train()
 
@@ -255,7 +287,7 @@ def load_trained(
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
-# %% ../nbs/04_model.ipynb #d919056e
+# %% ../nbs/04_model.ipynb #73a571eb
 def _logit_scale(config):
     "Factor that some families put on their logits: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM divide."
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -263,35 +295,52 @@ def _logit_scale(config):
     scaling = getattr(config, "logits_scaling", None)
     return 1.0 if scaling is None else scaling if config.model_type == "hyperclovax" else 1 / scaling
 
-def _head_loss(hidden, labels, head, scale, softcap):
-    "Summed cross-entropy of `hidden` (n, hidden) against `labels` (n,), computed in fp32."
-    logits = head(hidden).float()
-    if scale != 1.0: logits = logits * scale
-    if softcap: logits = softcap * torch.tanh(logits / softcap)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+class _Head:
+    "What turns hidden states into logits: the output layer, and the family's scale and cap."
+    def __init__(self, base):
+        config = base.config.get_text_config()
+        self.base, self.scale, self.softcap, self.vocab_size = base, _logit_scale(config), getattr(config, "final_logit_softcapping", None), config.vocab_size
 
-# %% ../nbs/04_model.ipynb #b96362b0
+    def __call__(self, hidden): # (n, hidden) -> (n, vocab) fp32
+        logits = self.base.get_output_embeddings()(hidden).float()
+        if self.scale != 1.0: logits = logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+def _chunk_loss(hidden, labels, head, teacher_hidden=None, teacher_head=None, temperature=1.0):
+    "Summed cross-entropy of `hidden` (n, hidden) against `labels` (n,), and summed KL(teacher || student) at `temperature`; (2,) fp32."
+    logits = head(hidden)
+    ce = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    if teacher_head is None: return torch.stack([ce, torch.zeros_like(ce)])
+    with torch.no_grad(): theirs = teacher_head(teacher_hidden)
+    width = min(logits.shape[-1], theirs.shape[-1])              # spare rows at the end of either vocabulary belong to no token
+    ours, theirs = ((l[:, :width] / temperature).log_softmax(-1) for l in (logits, theirs))
+    return torch.stack([ce, nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)])
+
+# %% ../nbs/04_model.ipynb #6c19d3cf
 def score_tokens(
     base, # a transformers causal language model, changed in place
 ):
-    "Teach `base.forward` the argument `scored_labels` (batch, seq), with which it returns {'loss_sum': scalar} instead of logits. Done once per model."
+    "Teach `base.forward` the argument `scored_labels` (batch, seq), with which it returns {'loss_sum', 'kl_sum': scalars} instead of logits. Done once per model."
     if "_plain_forward" in base.__dict__: return
-    base._plain_forward = plain = base.forward
-    config = base.config.get_text_config()
-    scale, softcap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    base._plain_forward, head = base.forward, _Head(base)
+    plain = base._plain_forward
 
     @functools.wraps(plain)
-    def forward(*args, scored_labels=None, **kwargs):
+    def forward(*args, scored_labels=None, teacher=None, temperature=1.0, **kwargs):
         if scored_labels is None: return plain(*args, **kwargs)
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        kwargs, extra = {k: v for k, v in kwargs.items() if v is not None}, ()
         hidden = base.base_model(*args, **kwargs).last_hidden_state
         labels = scored_labels[:, 1:].to(hidden.device)
         scored = labels != -100
-        hidden, labels, head = hidden[:, :-1][scored], labels[scored], base.get_output_embeddings()
-        chunk = max(64, 2**26 // config.vocab_size)                  # 2**26 fp32 logits are 256 MiB
-        if len(labels) <= chunk: return {"loss_sum": _head_loss(hidden, labels, head, scale, softcap)}
-        return {"loss_sum": sum(torch.utils.checkpoint.checkpoint(_head_loss, h, l, head, scale, softcap, use_reentrant=False)
-                                for h, l in zip(hidden.split(chunk), labels.split(chunk)))}
+        hidden, labels, parts = hidden[:, :-1][scored], labels[scored], ()
+        if teacher is not None:
+            with torch.no_grad(): parts = (teacher.base_model(*args, **kwargs).last_hidden_state[:, :-1][scored],)
+            extra = (_Head(teacher), temperature)
+        chunk = max(64, 2**26 // head.vocab_size)                    # 2**26 fp32 logits are 256 MiB
+        pieces = list(zip(*(t.split(chunk) for t in (hidden, labels, *parts)))) or [(hidden, labels, *parts)]
+        run = lambda h, l, *t: _chunk_loss(h, l, head, *t, *extra)
+        sums = run(*pieces[0]) if len(pieces) == 1 else sum(torch.utils.checkpoint.checkpoint(run, *piece, use_reentrant=False) for piece in pieces)
+        return {"loss_sum": sums[0], "kl_sum": sums[1]}
     base.forward = forward
 
 # %% ../nbs/04_model.ipynb #3d1fe746
@@ -302,15 +351,52 @@ def causal_lm(
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
-# %% ../nbs/04_model.ipynb #e7a94785
+# %% ../nbs/04_model.ipynb #d10097ae
 def token_loss_sum(
     model, # causal language model, possibly wrapped
     batch:dict, # input_ids, labels (batch, seq) int64, -100 = not trained; optionally attention_mask, position_ids
 )->torch.Tensor: # scalar fp32: nats, summed over trained tokens
     "Summed next-token cross-entropy over the trained tokens. Position t is scored from the hidden state at t-1, so labels[:, 0] counts for nothing."
+    return _sums(model, batch)["loss_sum"]
+
+def _sums(model, batch, **teaching):
     score_tokens(causal_lm(model))
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    return model(**inputs, scored_labels=batch["labels"], use_cache=False)["loss_sum"]
+    return model(**inputs, scored_labels=batch["labels"], use_cache=False, **teaching)
+
+# %% ../nbs/04_model.ipynb #154708f5
+def distillation_sums(
+    model, # the student, possibly wrapped
+    batch:dict, # as for `token_loss_sum`
+    teacher, # causal language model in eval mode with the student's vocabulary
+    temperature:float, # of both distributions
+)->tuple: # two fp32 scalars, in nats, summed over trained tokens: cross-entropy, and KL(teacher || student) at `temperature`, not multiplied by its square
+    "Both terms of the distillation loss, from one pass of each model."
+    sums = _sums(model, batch, teacher=teacher, temperature=temperature)
+    return sums["loss_sum"], sums["kl_sum"]
+
+# %% ../nbs/04_model.ipynb #48797f82
+def check_teacher(
+    teacher:str, # hub id or folder
+    tokenizer, # the student's, with the template's markers added
+    trust_remote_code:bool=False,
+):
+    "Raises `ModelError` unless the teacher's tokenizer has the same tokens at the same ids; tokens that only the teacher has may be added special ones. No weight is loaded."
+    other = load_tokenizer(teacher, trust_remote_code)
+    ours, theirs, added = tokenizer.get_vocab(), other.get_vocab(), {str(t) for t in other.added_tokens_decoder.values()}
+    missing, moved = [t for t in ours if t not in theirs], [t for t in ours if t in theirs and ours[t] != theirs[t]]
+    if missing or moved or (extra := [t for t in theirs if t not in ours and t not in added]):
+        example = (missing or moved or extra)[0]
+        raise ModelError(f"The teacher `{teacher}` has another vocabulary ({len(theirs)} tokens) than the student ({len(ours)}): they disagree about `{example}`, for instance, so their distributions cannot be compared. "
+                         "Take a teacher of the student's family" + (", or a template whose markers both know." if missing and len(missing) < 16 else "."))
+
+def load_teacher(
+    r:Recipe,
+    device:torch.device,
+    dtype:torch.dtype, # compute format
+): # causal language model in eval mode, frozen
+    "The teacher of the recipe."
+    return load_base(r.teacher_model, dtype, device, r.teacher_quantization, trust_remote_code=r.trust_remote_code).eval().requires_grad_(False)
 
 # %% ../nbs/04_model.ipynb #ca118060
 @torch.no_grad()
@@ -328,6 +414,25 @@ def check_scoring(
     if not abs(ours - full) <= 0.02 * abs(full):
         raise ModelError(f"{type(causal_lm(model)).__name__} turns hidden states into logits in a way that sftkit does not know (loss {ours / ids.shape[1]:.4f} instead of {full / ids.shape[1]:.4f} "
                          "per token), so nothing was trained. Please report the model's name.")
+
+# %% ../nbs/04_model.ipynb #63b485a4
+@torch.no_grad()
+def check_packing(
+    model, # as loaded for training; its mode is restored
+    ids:list, # a few dozen token ids of the data
+):
+    "Raises `ModelError` if the hidden states of a packed document depend on the document before it, or differ from those of the document alone."
+    was_training, base, device = model.training, causal_lm(model), next(model.parameters()).device
+    half = max(2, min(len(ids), 48) // 2)
+    first, second = list(ids[:half]), list(ids[:half])[::-1]
+    hidden = lambda *documents: base.base_model(input_ids=torch.tensor([sum(documents, [])], device=device), position_ids=torch.tensor([[i for d in documents for i in range(len(d))]], device=device),
+                                                use_cache=False).last_hidden_state[0, -half:].float()
+    model.eval()
+    try: packed, other, alone = hidden(first, second), hidden(first[1:] + first[:1], second), hidden(second)
+    finally: model.train(was_training)
+    scale = alone.abs().max()
+    if (packed - other).abs().max() > 1e-4 * scale or (packed - alone).abs().max() > 0.1 * scale:
+        raise ModelError(f"In {type(base).__name__} a packed document sees the one before it, so packing would train something else than the rows say. Leave `packing` off: `packing=False` (`--disable-packing`).")
 
 # %% ../nbs/04_model.ipynb #47a185f0
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_acceptance_32_errors_name_the_right_field_all_at_once():
     with pytest.raises(RecipeError) as e: Recipe(model="m", project_name="p", data_path="d", learning_rte=1, epochs="many", padding="up", quantization="int3", lora_r=0)
     assert str(e.value).startswith("5 things") and all(w in str(e.value) for w in ("`lr`", "epochs", "padding", "int4, int8", "lora_r"))
     with pytest.raises(RecipeError, match="`data_path` is missing"): Session("m", project="p").recipe
-    with pytest.raises(RecipeError, match="not yet"): Session("m", project="p").data("d").distill("gpt2-large").recipe
+    with pytest.raises(RecipeError, match="merge_adapter"): Session("m", project="p", merge_adapter=True).data("d").recipe
 
 
 def test_acceptance_32_before_anything_is_written(tiny, tmp_path):

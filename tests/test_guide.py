@@ -1,0 +1,305 @@
+"""The rest of the guide: distillation, metrics, early stopping, trackers, continuing from earlier weights."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHAT, TEXT
+from safetensors.torch import load_file
+from sftkit import Run, Session
+from sftkit.model import distillation_sums, load_base, load_trained, score_tokens
+from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, RunError
+from tiny import save_tiny
+
+
+def plan_for(model, project="run", source=CHAT, **fields):
+    return Session(model, project=project, **{**dict(chat_template="chatml", max_steps=3, lr=1e-2, batch_size=4, gradient_accumulation=2), **fields}).data(source)
+
+
+def steps(run, field="loss"): return [e[field] for e in run.events if e["kind"] == "step"]
+def notes(run): return " ".join(e["text"] for e in run.events if e["kind"] == "note")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    "A wider model over the same tokens."
+    return save_tiny(tmp_path_factory.mktemp("teacher") / "t", extra=("<|im_start|>", "<|im_end|>"), hidden=48, layers=3, seed=7)
+
+
+# -- distillation ------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def independent_terms(student, teacher, batches, T):
+    "Cross-entropy and KL(teacher || student) at temperature T, mean per trained token, row by row in float64 from full logits."
+    s, t, ce, kl, n = load_base(student).double(), load_base(teacher).double(), 0.0, 0.0, 0
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
+            ids, labels = ids[mask][None], labels[mask]
+            zs, zt = s(ids).logits[0], t(ids).logits[0]
+            for i in range(1, len(labels)):
+                if labels[i] == -100: continue
+                p, q = (zt[i - 1] / T).softmax(-1), (zs[i - 1] / T).softmax(-1)
+                kl += (p * (p / q).log()).sum().item(); ce -= zs[i - 1].log_softmax(-1)[labels[i]].item(); n += 1
+    return ce / n, kl / n
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_acceptance_17_distillation_equals_an_independent_computation(tiny, teacher, accumulation):
+    plan = plan_for(tiny, gradient_accumulation=accumulation, batch_size=3, max_steps=1).distill(teacher, temperature=2.0, alpha=0.6)
+    ce, kl = independent_terms(tiny, teacher, [b for b, _ in zip(plan.batches(), range(accumulation))], 2.0)
+    run = plan.fit()
+    assert kl > 1e-3                                                                     # random models differ
+    assert steps(run, "ce")[0] == pytest.approx(ce, abs=1e-4) and steps(run, "kl")[0] == pytest.approx(kl, abs=1e-4)
+    assert steps(run)[0] == pytest.approx(0.6 * 4 * kl + 0.4 * ce, abs=1e-4)
+
+
+def test_acceptance_17_teacher_equal_to_the_student_and_alpha_0(tiny, teacher):
+    same = plan_for(tiny, "same", max_steps=1).distill(tiny, temperature=3.0, alpha=0.5).fit()
+    assert abs(steps(same, "kl")[0]) < 1e-5
+    plain, none = plan_for(tiny, "plain").fit(), plan_for(tiny, "none").distill(teacher, alpha=0.0).fit()
+    assert steps(none) == pytest.approx(steps(plain), abs=1e-6)
+    before = load_file(Path(teacher) / "model.safetensors")
+    assert all(torch.equal(v, load_file(Path(teacher) / "model.safetensors")[k]) for k, v in before.items())
+
+
+def test_acceptance_17_accumulation_and_padding_change_nothing(tiny, teacher):
+    fields = dict(max_steps=1, seed=3)
+    values = []
+    for i, (size, accumulation) in enumerate([(8, 1), (2, 4), (1, 8)]):
+        plan = plan_for(tiny, f"r{i}", CHAT[:8], batch_size=size, gradient_accumulation=accumulation, **fields).distill(teacher)
+        values.append(plan.fit().history[["loss", "kl", "ce", "grad_norm"]].iloc[0].tolist())
+    assert values[1] == pytest.approx(values[0], abs=1e-4) and values[2] == pytest.approx(values[0], abs=1e-4)
+
+
+def test_acceptance_17_many_chunks_are_one_and_the_teacher_gets_no_gradient(tiny, teacher, monkeypatch):
+    import sftkit.model
+    batch = next(iter(plan_for(tiny, batch_size=8).batches()))
+    def terms(student, taught):
+        ce, kl = distillation_sums(student, batch, taught, 2.0)
+        (ce + kl).backward()
+        return ce.item(), kl.item(), student.get_input_embeddings().weight.grad.clone()
+    taught = load_base(teacher)
+    whole = terms(load_base(tiny).train(), taught)
+    monkeypatch.setattr(sftkit.model._Head, "vocab_size", property(lambda self: 2**25, lambda self, v: None), raising=False)      # chunks of 64 tokens
+    pieces = terms(load_base(tiny).train(), taught)
+    assert pieces[:2] == pytest.approx(whole[:2], rel=1e-5) and torch.allclose(pieces[2], whole[2], atol=1e-4)
+    assert all(p.grad is None for p in taught.parameters())
+
+
+def test_acceptance_17_another_vocabulary_is_refused_before_training(tiny, tiny_gpt2, tmp_path):
+    other = save_tiny(tmp_path / "other", vocab_size=640, extra=("<|im_start|>", "<|im_end|>", "<|more|>"))
+    for unlike in tiny_gpt2, other:
+        with pytest.raises(ModelError, match="another vocabulary"): plan_for(tiny).distill(unlike).fit()
+    with pytest.raises(RecipeError, match="needs a teacher"): Recipe(model="m", data_path="d", project_name="p", use_distillation=True)
+    assert not Path("run/events.jsonl").exists()
+
+
+def test_distillation_brings_the_student_to_the_teacher(tiny, teacher):
+    run = plan_for(tiny, max_steps=20, lr=3e-3).distill(teacher, temperature=2.0, alpha=1.0).fit()
+    assert steps(run, "kl")[-1] < steps(run, "kl")[0]
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------------------
+
+def test_acceptance_18_metrics_equal_sacrebleu_and_rouge_of_the_predictions(tiny):
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+    plan = plan_for(tiny, eval_samples=2, eval_max_new_tokens=8, eval_steps=2, valid_split=6, max_steps=4).metrics("perplexity,bleu,rouge,exact_match", save_predictions=True)
+    run = plan.fit()
+    said = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    scores, evals = run.events and [e for e in run.events if e["kind"] == "scores"][-1], [e for e in run.events if e["kind"] == "eval"]
+    assert len(said) == scores["rows"] == 6 and len(evals) >= 2 and all("bleu" in e and "rougeL" in e for e in evals)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"])) and evals[-1]["loss"] == pytest.approx(scores["loss"])
+    assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu([p["prediction"] for p in said], [[p["reference"] for p in said]]).score)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    ours = sum(scorer.score(p["reference"], p["prediction"])["rougeL"].fmeasure for p in said) / len(said)
+    assert scores["rougeL"] == pytest.approx(ours, rel=1e-3) or scores["rougeL"] == pytest.approx(100 * ours, rel=1e-3)
+    # greedy, from the prompt alone: what a fresh load of the result answers
+    again = Run.open("run")
+    model, tokenizer, encoder, stops = again._parts()
+    rows = plan._work.data.valid_rows
+    from sftkit.evaluate import generate
+    assert [p["prediction"] for p in said] == generate(model, tokenizer, [encoder.prompt(r.value) for r in rows], max_new_tokens=8, stop_ids=stops)
+
+
+def test_own_metric_by_name_and_wrong_ones_before_anything_loads(tiny, monkeypatch):
+    Path("mine.py").write_text("def words(predictions, references): return sum(len(p.split()) for p in predictions) / len(predictions)\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    run = plan_for(tiny, eval_metrics="mine:words", use_enhanced_eval=True, valid_split=4, eval_max_new_tokens=4, max_steps=1).fit()
+    assert [e for e in run.events if e["kind"] == "scores"][0]["words"] >= 0
+    for wrong in "perplexty", "nowhere:f", "mine:nothing":
+        with pytest.raises(DataError): plan_for(tiny, "wrong", use_enhanced_eval=True, eval_metrics=wrong).fit()
+    assert not Path("wrong/events.jsonl").exists()
+
+
+def test_evaluation_without_data_for_it_holds_rows_out_and_says_so(tiny):
+    run = plan_for(tiny, use_enhanced_eval=True, eval_max_new_tokens=4, max_steps=1).fit()
+    assert "held out" in notes(run) and [e for e in run.events if e["kind"] == "eval"]
+    text = Session(tiny, project="text", max_steps=1, use_enhanced_eval=True).data(TEXT).fit()
+    assert "no prompt" in notes(text) and "bleu" not in [e for e in text.events if e["kind"] == "scores"][0]
+
+
+# -- early stopping ----------------------------------------------------------------------------------------------------------------
+
+def test_acceptance_20_a_loss_that_does_not_fall_stops_and_the_best_is_kept(tiny):
+    run = plan_for(tiny, lr=1e-12, max_steps=40, valid_split=6, eval_steps=2, early_stopping_patience=2, early_stopping_threshold=1e-3, save_total_limit=1).fit()
+    assert run.state == "finished" and len(steps(run)) == 6 and "Stopped early at step 6" in notes(run) and "step 2" in notes(run)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_acceptance_20_the_result_is_the_best_checkpoint(tiny, lora):
+    plan = plan_for(tiny, lr=0.3 if lora else 0.05, max_steps=40, valid_split=6, eval_steps=1, early_stopping_patience=3, save_total_limit=1, warmup_ratio=0, scheduler="constant")
+    run = (plan.lora(r=4, dropout=0) if lora else plan).fit()
+    evals = {e["step"]: e["loss"] for e in run.events if e["kind"] == "eval"}
+    best, last = min(evals, key=evals.get), max(evals)
+    assert best < last, evals                                                            # a learning rate that high makes it worse in the end
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    kept, checkpoint = load_file(Path("run") / name), load_file(Path(f"run/checkpoint-{best}") / name)
+    assert all(torch.equal(kept[k], checkpoint[k]) for k in kept)
+    assert f"weights of step {best}" in notes(run)
+    assert run.evaluate(metrics="perplexity")["loss"] == pytest.approx(evals[best], abs=1e-4)
+
+
+# -- continuing --------------------------------------------------------------------------------------------------------------------
+
+def test_continue_from_starts_a_new_run_from_old_weights(tiny):
+    first = plan_for(tiny, "first", max_steps=4).lora(r=4, dropout=0).fit()
+    second = plan_for(tiny, "second", max_steps=2, continue_from="first").lora(r=4, dropout=0)
+    run = second.fit()
+    batch = [b for b, _ in zip(second.batches(), range(2))]
+    from sftkit.model import mean_token_loss
+    loss, tokens = mean_token_loss(load_trained("first")[0], batch)
+    assert steps(run)[0] == pytest.approx(loss / tokens, abs=1e-4) and [e["step"] for e in run.events if e["kind"] == "step"] == [1, 2]
+    full = plan_for(tiny, "third", max_steps=1).fit()
+    on_top = plan_for(tiny, "fourth", max_steps=1, continue_from="third").fit()
+    loss, tokens = mean_token_loss(load_trained("third")[0], batch)
+    assert steps(on_top)[0] == pytest.approx(loss / tokens, abs=1e-4) and full.path.exists()
+
+
+def test_continue_from_says_what_is_wrong(tiny):
+    plan_for(tiny, "first", max_steps=1).lora(r=4, dropout=0).fit()
+    with pytest.raises(ModelError, match="lora_r=4"): plan_for(tiny, "x", continue_from="first").lora(r=8).fit()
+    with pytest.raises(ModelError, match="peft=True"): plan_for(tiny, "x", continue_from="first").fit()
+    with pytest.raises(ModelError, match="no weights"): plan_for(tiny, "x", continue_from="nowhere").fit()
+    with pytest.raises(ModelError, match="continue_from='first'"): plan_for("first", "x").fit()
+    assert not Path("x/events.jsonl").exists()
+
+
+# -- trackers and extras -----------------------------------------------------------------------------------------------------------
+
+def test_acceptance_29_tensorboard_writes_a_run(tiny):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = plan_for(tiny, valid_split=6, eval_steps=2).log("tensorboard").fit()
+    read = EventAccumulator(str(next(Path("run/tensorboard").glob("**/events.out.*")).parent)); read.Reload()
+    assert [s.value for s in read.Scalars("train/loss")] == pytest.approx(steps(run), rel=1e-5) and read.Scalars("eval/loss")
+
+
+def test_acceptance_29_wandb_offline_writes_a_run(tiny):
+    pytest.importorskip("wandb")
+    code = f"from sftkit import Session\nSession({tiny!r}, project='run', chat_template='chatml', max_steps=2, batch_size=4).data('chat.jsonl').log('wandb').fit()"
+    Path("chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHAT))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    refused = subprocess.run([sys.executable, "-c", code], env=env | {"HOME": str(Path.cwd())}, capture_output=True, text=True)
+    assert refused.returncode and "WANDB_MODE=offline" in refused.stderr and not Path("run").exists()
+    subprocess.run([sys.executable, "-c", code], env=env | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=True)
+    assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_acceptance_29_a_missing_tracker_fails_before_the_model_loads(tiny, monkeypatch):
+    import importlib.util
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("trackio", "mlflow") else real(name, *a))
+    for name in "trackio", "mlflow":
+        with pytest.raises(RunError, match=f"pip install {name}"): plan_for(tiny).log(name).fit()
+    with pytest.raises(RecipeError, match="Did you mean `wandb`"): plan_for(tiny).log("wandbb").recipe
+    assert not Path("run").exists() or not any(Path("run").glob("events*"))
+
+
+def test_acceptance_28_unsloth_is_replaced_by_name(tiny):
+    assert "nsloth" in notes(plan_for(tiny, max_steps=1, unsloth=True).fit())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+def test_every_optimizer_of_the_recipe_trains(tiny, optimizer):
+    values = steps(plan_for(tiny, optimizer=optimizer, max_steps=6, lr=1.0 if optimizer == "sgd" else 3e-3).fit())
+    assert len(values) == 6 and values[-1] < values[0]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"])
+def test_every_scheduler_of_the_recipe_trains(tiny, scheduler):
+    rates = steps(plan_for(tiny, scheduler=scheduler, max_steps=4, warmup_ratio=0.5).fit(), "lr")
+    assert len(rates) == 4 and all(math.isfinite(r) for r in rates) and max(rates) <= 1e-2 + 1e-12
+
+
+def test_wrong_combinations_are_refused_together():
+    base = dict(model="m", data_path="d", project_name="p")
+    for fields, words in [(dict(merge_adapter=True), "peft=True"), (dict(teacher_model="t"), "use_distillation"), (dict(quantization="int4"), "peft=True"),
+                          (dict(peft=True, quantization="int4", init_lora_weights="pissa"), "pissa"), (dict(packing=True, padding="left"), "padding"),
+                          (dict(distributed_backend="ddp", gpus=1), "raise `gpus`"), (dict(log="wandb,foo"), "accepted")]:
+        with pytest.raises(RecipeError, match=words): Recipe(**base, **fields)
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def documents_loss(model_path, batches):
+    "Mean cross-entropy of the trained tokens, document by document in float64 from full logits of a freshly loaded model."
+    model, total, count = load_base(model_path).double(), 0.0, 0
+    for batch in batches:
+        for ids, labels, documents in zip(batch["input_ids"], batch["labels"], batch["documents"]):
+            for d in range(1, int(documents.max()) + 1):
+                one, wanted = ids[documents == d], labels[documents == d]
+                logp = model(one[None]).logits[0].log_softmax(-1)
+                for t in range(1, len(one)):
+                    if wanted[t] != -100: total -= logp[t - 1, wanted[t]].item(); count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("train_on", ["auto", "all"])
+def test_acceptance_16_packed_loss_is_the_masked_cross_entropy(tiny, accumulation, train_on):
+    plan = plan_for(tiny, packing=True, max_seq_length=96, batch_size=2, gradient_accumulation=accumulation, train_on=train_on, max_steps=1)
+    batches = [b for b, _ in zip(plan.batches(), range(accumulation))]
+    assert max(int(b["documents"].max()) for b in batches) > 1
+    assert steps(plan.fit())[0] == pytest.approx(documents_loss(tiny, batches), abs=1e-4)
+
+
+def test_acceptance_21_fewer_steps_same_tokens_same_logits(tiny, tiny_gpt2):
+    fields = dict(epochs=1, max_steps=-1, max_seq_length=128, batch_size=2, gradient_accumulation=1)
+    packed, plain = plan_for(tiny, "packed", packing=True, **fields).fit(), plan_for(tiny, "plain", **fields).fit()
+    assert len(steps(packed)) < len(steps(plain)) / 2 and sum(steps(packed, "tokens")) == sum(steps(plain, "tokens"))
+    assert sum(steps(packed, "seq_tokens")) == sum(steps(plain, "seq_tokens"))
+    for path, rows in (tiny, CHAT), (tiny_gpt2, TEXT):
+        model = load_base(path)
+        for batch in Session(path, project="x", packing=True, chat_template="chatml" if rows is CHAT else None, **fields).data(rows).batches():
+            with torch.no_grad():
+                together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+                for i, documents in enumerate(batch["documents"]):
+                    for d in range(1, int(documents.max()) + 1):
+                        at = documents == d
+                        assert (together[i, at] - model(batch["input_ids"][i, at][None]).logits[0]).abs().max() < 1e-4
+
+
+def test_acceptance_21_a_packed_run_resumes_and_covers_each_row_once_an_epoch(tiny):
+    plan = plan_for(tiny, packing=True, max_seq_length=64, batch_size=2)
+    rows = sorted(int(i) for b in plan.batches() for i in b["rows"])
+    assert rows == list(range(48))
+    full = plan_for(tiny, "full", packing=True, max_seq_length=64, batch_size=2, gradient_accumulation=1, max_steps=6, save_steps=3).fit()
+    import shutil
+    shutil.copytree("full", "cut"); [shutil.rmtree(p) for p in Path("cut").glob("checkpoint-6")]
+    events = [json.loads(l) for l in Path("cut/events.jsonl").read_text().splitlines()]
+    Path("cut/events.jsonl").write_text("".join(json.dumps({**e, "state": "stopped"} if e.get("state") == "finished" else e) + "\n" for e in events))
+    Path("cut/recipe.yaml").write_text(Path("cut/recipe.yaml").read_text().replace("project_name: full", "project_name: cut"))
+    assert steps(Run.open("cut").resume()) == steps(full)
+
+
+def test_packing_is_refused_where_a_document_would_see_another(tiny, monkeypatch):
+    from transformers import MambaConfig, MambaForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)).save_pretrained("mamba"); tokenizer.save_pretrained("mamba")
+    with pytest.raises(ModelError, match="--disable-packing"): plan_for("mamba", packing=True).fit()
