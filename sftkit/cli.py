@@ -21,11 +21,14 @@ def _plan(args):
         del args[i:i + 2]
     return Session.from_recipe(Recipe(**{**config, **parse_args(args)}))
 
-# %% ../nbs/13_cli.ipynb #f32da40a
+# %% ../nbs/13_cli.ipynb #ea37d4ba
 def llm(args):
     "sftkit llm --model M --data-path D --project-name P [...]: fine-tune; `sftkit llm --help` lists the flags"
     if "--help" in args or "-h" in args or not args: return print(flags_help())
-    run = _plan(args).fit()
+    from sftkit.launch import launch, wants_processes
+    plan = _plan(args)
+    if wants_processes(plan.recipe): return launch(plan.recipe)
+    run = plan.fit()
     if int(os.environ.get("RANK", 0)) == 0: print(f"Report: {run.report()}")
 
 def preview(args):
@@ -74,7 +77,7 @@ def usage()->str:
     "All commands, a line each."
     return "\n".join([*(f"  {c.__doc__}" for c in COMMANDS.values()), "  sftkit --version"])
 
-# %% ../nbs/13_cli.ipynb #1139d4da
+# %% ../nbs/13_cli.ipynb #be017c8d
 def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted
@@ -86,8 +89,7 @@ def main(
         if not argv or argv[0] in ("-h", "--help"): print(f"sftkit: supervised fine-tuning\n{usage()}"); return 0
         if argv[0] == "--version": return print(__import__("sftkit").__version__) or 0
         if argv[0] not in COMMANDS: raise RecipeError(f"`{argv[0]}` is no command.{did_you_mean(argv[0], COMMANDS)}\n{usage()}")
-        COMMANDS[argv[0]](argv[1:])
-        return 0
+        return COMMANDS[argv[0]](argv[1:]) or 0
     except SftkitError as e:
         if traceback: raise
         if int(os.environ.get("RANK", 0)) == 0: print(f"error: {e}", file=sys.stderr)

@@ -4,10 +4,11 @@
 
 const TRAIN = "#3b7dd8", EVAL = "#d9780a", ALARM = "#d5483c", FEW = 12;
 const COMMANDS = {
-  stop: ["■ Stop", "Finish this step, write a checkpoint, return"],
+  stop: ["■ Stop and save", "Finish this step, write a checkpoint, return"],
   checkpoint: ["◆ Checkpoint", "Write a checkpoint after this step and go on"],
   pause: ["‖ Pause", "Wait after this step, with the model in memory"],
   resume: ["▶ Resume", "Go on training"],
+  evaluate: ["◎ Evaluate", "Evaluate on the held-out rows after this step and go on"],
 };
 const CSS = `
 .sft-live{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:760px;padding:2px 0 6px}
@@ -26,6 +27,8 @@ const CSS = `
 .sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:17px;font-weight:600;white-space:nowrap}
 .sft-chart{position:relative} .sft-chart canvas{display:block;width:100%;height:250px}
 .sft-under{display:flex;align-items:center;gap:4px 14px;min-height:20px;font-size:12px;margin-bottom:4px} .sft-read{margin-left:auto;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-variant-numeric:tabular-nums}
+.sft-panels{display:flex;flex-wrap:wrap;gap:4px 16px;margin-bottom:6px} .sft-panels div{flex:1 1 170px;min-width:0;font-size:11px} .sft-panels span{opacity:.75;font-variant-numeric:tabular-nums} .sft-panels canvas{display:block;width:100%;height:44px}
+.sft-scores{font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere;margin-top:4px;opacity:.85}
 .sft-foot{display:flex;flex-wrap:wrap;align-items:center;gap:4px 14px;font-size:12px}
 .sft-gauge{position:relative;width:220px;max-width:100%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
 .sft-gauge i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:${TRAIN}} .sft-gauge i:first-child{opacity:.35}
@@ -176,18 +179,40 @@ function drawChart(canvas, run, state) {
   }
 }
 
+const PANELS = [["learning rate", 2, "#16946a"], ["gradient norm", 3, "#9a67c4"], ["tokens/s", 4, "#7d838c"]];
+function drawPanel(canvas, words, run, [label, column, color]) {
+  const points = run.points.map((p) => [p[0], p[column] ?? null]), values = points.map((p) => p[1]).filter((v) => v != null);
+  words.textContent = `${label} ${values.length ? column === 2 ? values[values.length - 1].toExponential(2) : figure(values[values.length - 1]) : "–"}`;
+  const width = canvas.clientWidth, height = canvas.clientHeight, ratio = window.devicePixelRatio || 1;
+  if (!width || !height) return;
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) { canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio); }
+  const c = canvas.getContext("2d"), first = points.length ? points[0][0] : 0, span = (points.length ? points[points.length - 1][0] : 1) - first || 1;
+  const high = values.reduce((m, v) => Math.max(m, v), 0) || 1;
+  c.setTransform(ratio, 0, 0, ratio, 0, 0); c.clearRect(0, 0, width, height); c.strokeStyle = color; c.lineWidth = 1.2; c.beginPath();
+  let pen = false;
+  for (const i of thin(points, 1.5 * width)) {
+    const [x, y] = points[i];
+    if (y == null) { pen = false; continue; }
+    const px = (x - first) / span * (width - 2) + 1, py = height - 2 - Math.max(y, 0) / high * (height - 6);
+    if (pen) c.lineTo(px, py); else c.moveTo(px, py);
+    pen = true;
+  }
+  c.stroke();
+}
+
 function mount(model, el, run) {
   node("style", "", el, CSS + `.sft-static[data-run="${CSS_ID(model.get("run_id"))}"]{display:none}`);
   const root = node("div", "sft-live", el), head = node("div", "sft-head", root);
   node("b", "", head, model.get("title"));
   const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head);
   const bar = node("div", "", node("div", "sft-bar", root)), tiles = node("div", "sft-tiles", root);
-  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), foot = node("div", "sft-foot", root);
+  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), panels = node("div", "sft-panels", root), foot = node("div", "sft-foot", root);
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", "loss by optimizer step");
   const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "", gauge)], words = node("span", "sft-soft", foot);
   const label = node("label", "", under, "smoothing"), slider = node("input", "", label), read = node("span", "sft-read", under);
   Object.assign(slider, { type: "range", min: 0, max: 100, value: 35, title: "Weight of the past in the smoothed curve" });
-  const notice = node("div", "sft-notice", root), samples = node("details", "sft-samples", root);
+  const small = PANELS.map(([label]) => { const d = node("div", "", panels); return [node("span", "", d, label), node("canvas", "", d)]; });
+  const scores = node("div", "sft-scores", root), notice = node("div", "sft-notice", root), samples = node("details", "sft-samples", root);
   samples.open = true;
   const state = { smoothing: 0.025, hover: null, pick: null };
   let shownSamples = null, frame = 0;
@@ -195,12 +220,12 @@ function mount(model, el, run) {
   function drawButtons() {
     const at = run.facts.state, running = at === "training" || at === "starting" || at === "paused";
     const names = running ? model.get("commands").map((n) => n === "pause" && at === "paused" ? "resume" : n) : [];
-    const want = JSON.stringify([names, run.pressed]);
+    const can = run.facts.enabled || names, want = JSON.stringify([names, run.pressed, can]);
     if (buttons.dataset.shown === want) return;
     buttons.dataset.shown = want; buttons.replaceChildren();
     for (const n of names) {
       const b = node("button", "", buttons, run.pressed[n] ? (n === "stop" ? "stopping …" : "asked …") : COMMANDS[n][0]);
-      b.title = COMMANDS[n][1]; b.dataset.command = n; b.disabled = !!run.pressed[n];
+      b.title = COMMANDS[n][1]; b.dataset.command = n; b.disabled = !!run.pressed[n] || !can.includes(n);
       b.onclick = () => {
         run.pressed[n] = "sent"; run.refused = "";
         model.send({ type: "request", name: n });
@@ -231,7 +256,8 @@ function mount(model, el, run) {
     const said = run.refused || f.error || f.note || "";
     notice.hidden = !said; notice.textContent = said; notice.className = f.error && !run.refused ? "sft-notice sft-bad" : "sft-notice";
     label.style.visibility = run.points.length > FEW ? "" : "hidden";
-    drawButtons(); drawSamples(); drawChart(canvas, run, state);
+    panels.hidden = !run.points.length; scores.hidden = !f.scores; scores.textContent = f.scores || "";
+    drawButtons(); drawSamples(); drawChart(canvas, run, state); small.forEach(([words, c], i) => drawPanel(c, words, run, PANELS[i]));
     if (state.pick) {
       const [[step, loss, lr, norm, rate], smoothed] = state.pick;
       read.textContent = `step ${step.toLocaleString("en")} · loss ${figure(loss)} · smoothed ${figure(smoothed)} · lr ${lr == null ? "–" : lr.toExponential(2)} · grad norm ${figure(norm)} · ${figure(rate && Math.round(rate))} tok/s`;
@@ -262,6 +288,10 @@ export default () => { // one store for all views of this run; `model` is anothe
       run.seq = m.seq; run.facts = m.facts;
       for (const list of [run.points, run.evals]) while (list.length && list[list.length - 1][0] > m.facts.step) list.pop(); // a resumed run went back
       append(run.points, m.points); append(run.evals, m.evals);
+      if (run.points.length > 4000) { // a page left open for days keeps no more than it can draw, the extremes of loss and gradient norm among it
+        const kept = new Set([...thin(run.points, 1200), ...thin(run.points.map((p) => [p[0], p[3]]), 800)]);
+        run.points = run.points.filter((_, i) => kept.has(i));
+      }
       if (m.marks) run.marks = m.marks;
       if (m.samples) run.samples = m.samples;
     }

@@ -275,10 +275,10 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
-# %% ../nbs/00_recipe.ipynb #b464cf8a
+# %% ../nbs/00_recipe.ipynb #e5611783
 def _engines_to_come(r):
-    asked = dict(push_to_hub=r.push_to_hub, compile=r.compile is True, init_lora_weights=r.init_lora_weights == "loftq")
-    return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
+    asked = dict(push_to_hub=r.push_to_hub, distributed_backend=r.distributed_backend in ("fsdp", "deepspeed"), nodes=(r.nodes or 1) > 1, compile=r.compile is True, init_lora_weights=r.init_lora_weights == "loftq")
+    return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}{', or use ' + repr('ddp') if n == 'distributed_backend' else ''}." for n, on in asked.items() if on]
 
 # %% ../nbs/00_recipe.ipynb #b1e50994
 def conflicts(

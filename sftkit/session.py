@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
-# %% ../nbs/12_session.ipynb #edcbe012
+# %% ../nbs/12_session.ipynb #10567370
 import functools, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
-from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields, unknown_field
+from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
@@ -268,14 +268,22 @@ def script(
     options = ",\n                   ".join(f"{k}={v!r}" for k, v in fields.items())
     return (f"from sftkit import Session\n\nplan = ({lines})\n\nif __name__ == \"__main__\":\n    run = plan.fit({options})\n    print(\"Report:\", run.report())\n")
 
-# %% ../nbs/12_session.ipynb #dceda3c1
+# %% ../nbs/12_session.ipynb #1e56c6c6
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
-    recipe, work = plan.recipe, plan._work
+    from sftkit.launch import wants_processes
+    from sftkit.training import process_rank
+    recipe = plan.recipe
+    if wants_processes(recipe):
+        raise RunError(f"This plan is for several processes (gpus={recipe.gpus}, distributed_backend={recipe.distributed_backend!r}), and `fit` trains in this one. "
+                       "Save it with plan.to_yaml(\"plan.yaml\") and type: sftkit llm --config plan.yaml. Or leave both at None to train here on one device.")
+    work = plan._work
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
     run, model, data = work.fit(view)
     plan.__dict__.pop("_work", None)              # a second fit starts from fresh data
-    return Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids)
+    done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids)
+    if recipe.merge_adapter and process_rank() == 0 and done.state == "finished": done.merge(run.path/"merged", [e["input_ids"] for e in data.train.examples[:4]])
+    return done
 
 def train(
     recipe:Recipe, # the flat form of a plan
@@ -284,7 +292,7 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #43f6e55c
+# %% ../nbs/12_session.ipynb #72e5e535
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
@@ -378,6 +386,22 @@ class Run:
         rows = prepare(self.recipe).valid_rows
         if not rows: raise DataError("This run held no rows out. Give some: run.evaluate(\"test.jsonl\").")
         return rows
+
+    def merge(self,
+        out:str|Path, # a new folder
+        examples:list|None=None, # token ids of rows to compare on; by default the first rows of the run's data
+    ): # export.Merged: path, dtype and measured differences
+        "Write one model without an adapter: merged into the full-precision base, loaded again and compared. Raises `RunError` if there is no adapter or `out` holds something."
+        from sftkit.events import EventLog
+        from sftkit.export import merge
+        from sftkit.training import prepare
+        model, *_ = self._parts()
+        if examples is None: examples = [e["input_ids"] for e in prepare(self.recipe).train.examples[:4]]
+        result = merge(self.path, out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code)
+        log = EventLog(self.directory.events_path)
+        log.append("note", level="info", text=f"Merged model in {result!r}.")
+        log.close()
+        return result
 
     def report(self, path:str|Path|None=None)->Path:
         "Write one self-contained HTML page: curves, data and template, samples before and after, recipe. By default `report.html` in the run directory."

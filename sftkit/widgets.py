@@ -6,14 +6,14 @@
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
            'Publisher', 'live', 'watch']
 
-# %% ../nbs/10_widgets.ipynb #cc707f04
+# %% ../nbs/10_widgets.ipynb #61f133b4
 import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
 from .events import RunDirectory, read_events
-from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible
-from .view import _headline, _memory_words, _number, _pair_samples, _STATES
+from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible, few_marks
+from .view import _headline, _memory_words, _number, _pair_samples, _scores, _STATES
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
 _RENDERERS = ("widget", "html", "terminal", "plain")
@@ -36,7 +36,7 @@ def choose_renderer(
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
-# %% ../nbs/10_widgets.ipynb #f641af05
+# %% ../nbs/10_widgets.ipynb #932c9f32
 def clicks_arrive(
     blocking:bool=True, # the cell that shows the view stays busy while training
 )->bool:
@@ -55,32 +55,49 @@ def _point(event): # [step, loss, lr, gradient norm, tokens per second]
     rate = (event.get("seq_tokens") or event.get("tokens") or 0) / event["seconds"] if event.get("seconds") else None
     return [event["step"], *(_finite(event.get(k)) for k in ("loss", "lr", "grad_norm")), rate and round(rate, 1)]
 
-def _evals(events): return [[e["step"], _finite(e.get("loss"))] for e in events]
+def _evals(events, most=2000): return [[events[i]["step"], _finite(events[i].get("loss"))] for i in decimate([_number(e.get("loss")) for e in events], most)]
+
+def _points(steps, most=2000): # each curve's extremes are kept, and no page gets more than `most` points
+    if len(steps) <= most: return [_point(e) for e in steps]
+    points, keep = [_point(e) for e in steps], set()
+    for column, share in ((1, 0.5), (3, 0.3), (4, 0.2)): keep |= set(decimate([_number(p[column]) for p in points], int(share * most)))
+    return [points[i] for i in sorted(keep)]
+
+_COMMANDS = ("pause", "stop", "checkpoint", "evaluate")
+
+def _enabled(progress): # what the run can be asked for in the state it is in
+    if progress.state == "paused": return ["resume", "stop"]
+    if progress.state == "starting": return ["stop"]
+    if progress.state not in ("training", ""): return []
+    return ["pause", "stop", "checkpoint"] + ["evaluate"] * bool(progress.plan.get("eval_rows") or progress.evals)
+
+def _marks(progress): return [dict(step=m["step"], kind=visible(clip(m["kind"], 40)), label=visible(clip(m["label"], 200))) for m in few_marks(progress.marks)]
 
 def _live_facts(progress): # what live.js writes in words
     f = progress.facts()
     memory, gauge = f.pop("memory"), None
     if memory.get("limit_bytes"): gauge = [min((b or 0) / memory["limit_bytes"], 1.0) for b in (memory.get("reserved_bytes"), memory.get("allocated_bytes"), f["peak_bytes"])]
     keep = {k: f[k] for k in ("state", "step", "total_steps")}
-    return dict(keep, model=visible(clip(f["model"] or "", 200)), error=visible(clip(f["error"], 2000)), note=visible(clip(f["note"], 600)), badge=_STATES.get(f["state"], f["state"]),
+    return dict(keep, model=visible(clip(f["model"] or "", 200)), error=visible(clip(f["error"], 2000)), note=visible(clip(f["note"], 600)), badge=_STATES.get(f["state"], visible(clip(f["state"], 40))), enabled=_enabled(progress),
+                scores="\n".join(visible(clip(f"{label}: {words}", 600)) for label, words in _scores(progress)),
                 headline=_headline(f), gauge=gauge, memory_words=f"{memory.get('device') or 'memory'}: {_memory_words(memory, f['peak_bytes'])}" if memory else "")
 
 def _live_samples(progress, most=4): # the last prompts, with what the model said before and says now
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]
 
-# %% ../nbs/10_widgets.ipynb #33727b34
+# %% ../nbs/10_widgets.ipynb #49c092b6
 class LiveView(anywidget.AnyWidget):
     "A run in a notebook, drawn as it goes. Feed it with `push`; a page that opens later gets what was pushed so far."
     _esm = (importlib.resources.files("sftkit") / "live.js").read_text(encoding="utf-8")
     title = traitlets.Unicode().tag(sync=True)
     run_id = traitlets.Unicode().tag(sync=True) # the static twin with this id is hidden while the view is shown
-    commands = traitlets.List(traitlets.Unicode()).tag(sync=True) # buttons: "stop", "checkpoint", "pause"
+    commands = traitlets.List(traitlets.Unicode()).tag(sync=True) # buttons: "pause" (which is "resume" while paused), "stop", "checkpoint", "evaluate"
     history = traitlets.Dict().tag(sync=True) # filled only when a page asks
 
     def __init__(self,
         title:str="run", # of the run
-        on_request=None, # called with "stop", "checkpoint", "pause" or "resume", maybe on another thread; None: no buttons
-        commands:tuple=("stop", "checkpoint"), # the buttons
+        on_request=None, # called with one of `RunDirectory.requests`, maybe on another thread; None: no buttons
+        commands:tuple=_COMMANDS, # the buttons
         progress:Progress|None=None, # where the run stands; the caller keeps feeding it
         **kwargs, # of the widget
     ):
@@ -100,8 +117,7 @@ class LiveView(anywidget.AnyWidget):
 
     def _whole(self):
         p, steps = self._progress, list(self._progress.steps) # a copy: the publisher may go on adding meanwhile
-        keep = decimate([_number(e.get("loss")) for e in steps], 2000)
-        return dict(seq=self._seq, points=[_point(steps[i]) for i in keep], evals=_evals(p.evals), marks=list(p.marks), samples=_live_samples(p), facts=_live_facts(p))
+        return dict(seq=self._seq, points=_points(steps), evals=_evals(p.evals), marks=_marks(p), samples=_live_samples(p), facts=_live_facts(p))
 
     def push(self,
         events, # what `progress` took in since the last call
@@ -111,8 +127,8 @@ class LiveView(anywidget.AnyWidget):
         with self._lock:
             self._seq += 1
             steps, evals = ([e for e in events if e.get("kind") == kind] for kind in ("step", "eval"))
-            message = dict(seq=self._seq, points=[_point(e) for e in steps], evals=_evals(evals), facts=_live_facts(p))
-            state = ([dict(m) for m in p.marks], _live_samples(p))
+            message = dict(seq=self._seq, points=_points(steps), evals=_evals(evals), facts=_live_facts(p))
+            state = (_marks(p), _live_samples(p))
             for name, now, before in zip(("marks", "samples"), state, self._sent):
                 if now != before: message[name] = now
             self._sent = state
@@ -121,7 +137,7 @@ class LiveView(anywidget.AnyWidget):
     def _asked(self, widget, content, buffers):
         if not isinstance(content, dict) or content.get("type") != "request": return
         name = content.get("name")
-        if name not in {*self.commands, "resume"} or self._on_request is None: return
+        if name not in {*self.commands, *(["resume"] if "pause" in self.commands else [])} or self._on_request is None: return
         try: self._on_request(name)
         except SftkitError as e: self.send({"name": name, "refused": str(e)})
         else: self.send({"taken": name})
@@ -132,7 +148,7 @@ class LiveView(anywidget.AnyWidget):
         super().close()
         if layout is not None: layout.close()
 
-# %% ../nbs/10_widgets.ipynb #b56c4a06
+# %% ../nbs/10_widgets.ipynb #2fd4a523
 def _bundle(progress, title, run_id="", max_points=1200): # the static form as a MIME bundle
     inner = run_html(progress, title, max_points)
     return {"text/html": f'<div class="sft-static" data-run="{run_id}">{inner}</div>' if run_id else inner, "text/plain": run_text(progress)}
@@ -144,7 +160,7 @@ class WidgetRenderer:
     def __init__(self,
         title:str="run", # of the run
         on_request=None, # see `LiveView`
-        commands:tuple=("stop", "checkpoint"), # buttons, where `on_request` is given
+        commands:tuple=_COMMANDS, # buttons, where `on_request` is given
         twin_seconds:float=10.0, # between refreshes of the hidden static twin
     ): self.title, self.on_request, self.commands, self.twin_seconds = title, on_request, commands, twin_seconds
 
@@ -317,13 +333,13 @@ class Publisher(threading.Thread):
         self._safely(self.renderer.push, events, self.progress)
         self._safely(self.renderer.finish, self.progress)
 
-# %% ../nbs/10_widgets.ipynb #d6683164
+# %% ../nbs/10_widgets.ipynb #77720f2c
 @contextlib.contextmanager
 def live(
     run_path, # the run directory; it may not exist yet
     total_hint:int|None=None, # optimizer steps expected, until the plan event says so
     renderer=None, # a name for `choose_renderer`, or a renderer
-    on_request=None, # called with "stop" or "checkpoint" when a button is pressed, maybe on another thread; it should only write the request down
+    on_request=None, # called with one of `RunDirectory.requests` when a button is pressed, maybe on another thread; it should only write the request down
     blocking:bool=True, # the body keeps the cell busy
 ): # yields the `Publisher`
     "Show the run that the body trains. What the body raises passes through, after the view has shown it."

@@ -303,3 +303,62 @@ def test_packing_is_refused_where_a_document_would_see_another(tiny, monkeypatch
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)).save_pretrained("mamba"); tokenizer.save_pretrained("mamba")
     with pytest.raises(ModelError, match="--disable-packing"): plan_for("mamba", packing=True).fit()
+
+
+# -- merging and several processes -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", ["llama", "gpt2 with new tokens", "dora", "bf16 base"])
+def test_acceptance_08_merged_equals_adapter(tiny, tiny_gpt2, case, tmp_path):
+    path, dtype = tiny_gpt2 if "gpt2" in case else tiny, "float32"
+    if case == "bf16 base":
+        path, dtype = str(tmp_path / "bf16"), "bfloat16"
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(path); AutoTokenizer.from_pretrained(tiny).save_pretrained(path)
+    run = plan_for(path, max_steps=4).lora(r=4, dropout=0, dora=case == "dora", merge=True).fit()
+    kept = Path("run/adapter_model.safetensors").read_bytes()
+    result = run.merge("out")
+    assert result.dtype == dtype and result.positions > 20 and (dtype != "float32" or result.max_difference < 1e-3)
+    assert Path("run/adapter_model.safetensors").read_bytes() == kept and "Merged model in run/merged" in notes(run)
+    weights = load_file("out/model.safetensors")
+    assert {str(v.dtype).removeprefix("torch.") for v in weights.values()} == {dtype} and not any("lora" in k for k in weights)
+    assert all(torch.equal(v, load_file("run/merged/model.safetensors")[k]) for k, v in weights.items())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    merged, tokenizer = AutoModelForCausalLM.from_pretrained("out").float(), AutoTokenizer.from_pretrained("out")
+    ids = torch.tensor([tokenizer.apply_chat_template(CHAT[0]["messages"], tokenize=True)["input_ids"]])
+    with torch.no_grad(): apart = (merged(ids).logits - load_trained("run", torch.float32)[0](ids).logits).abs().max()
+    assert apart < (1e-3 if dtype == "float32" else 0.05)
+    with pytest.raises(RunError, match="exists already"): run.merge("out")
+
+
+def test_acceptance_08_a_quantised_run_merges_into_the_full_precision_base(tiny_wide):
+    run = plan_for(tiny_wide, max_steps=2).lora(r=4, dropout=0).quantize("int4").fit()
+    result = run.merge("out")
+    assert result.max_difference < 1e-3 and result.trained_difference > result.max_difference
+    base, merged = load_file(Path(tiny_wide) / "model.safetensors"), load_file("out/model.safetensors")
+    adapter = load_file("run/adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    low = adapter[f"base_model.model.{name}.lora_B.weight"].float() @ adapter[f"base_model.model.{name}.lora_A.weight"].float()
+    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 32 / 4 * low, atol=1e-6)
+
+
+def test_merge_says_what_is_wrong(tiny):
+    run = plan_for(tiny, max_steps=1).fit()
+    with pytest.raises(RunError, match="whole model"): run.merge("out")
+    assert not Path("out").exists()
+
+
+def test_acceptance_30_the_command_line_launches_its_own_processes(tiny):
+    Path("chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHAT[:45]))       # 45 rows: the last round is not full
+    plan = lambda name, accumulation: plan_for(tiny, name, "chat.jsonl", batch_size=4, gradient_accumulation=accumulation, max_steps=-1, epochs=2)
+    one = plan("one", 2).fit()
+    env = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    two = plan("two", 1).options(distributed_backend="ddp")
+    done = subprocess.run([sys.executable, "-m", "sftkit", "llm", *two.recipe.to_args()], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "2 processes" in done.stderr, done.stderr
+    run = Run.open("two")
+    assert run.state == "finished" and steps(run) == pytest.approx(steps(one), abs=1e-4) and steps(run, "tokens") == steps(one, "tokens")
+    a, b = load_file("one/model.safetensors"), load_file("two/model.safetensors")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    with pytest.raises(RunError, match="sftkit llm"): plan("three", 1).options(gpus=2).fit()
+    failed = subprocess.run([sys.executable, "-m", "sftkit", "llm", *two.recipe.replace(chat_template="chatlm", project_name="x").to_args()], capture_output=True, text=True, env=env)
+    assert failed.returncode != 0 and failed.stderr.count("chatml") and "Traceback (most recent call last):\n  File" not in failed.stderr.split("error:")[0]

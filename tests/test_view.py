@@ -326,3 +326,38 @@ def test_views_import_nothing_heavy():
     import subprocess, sys
     code = "import sys, sftkit.view; print([m for m in ('torch', 'transformers', 'ipywidgets', 'plotly', 'IPython', 'pandas', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"
+
+
+# --- scores, panels, and rows that mean harm
+
+def test_evaluation_metrics_stand_in_the_table():
+    evals = [{"kind": "eval", "step": 1, "loss": 2.0, "bleu": 5.0, EVIL: 1.0, "note": EVIL, "rougeL": None}, {"kind": "eval", "step": 2, "loss": 1.0, "bleu": 12.5, "rougeL": 0.5, "exact_match": 0.25}]
+    words = safe(run_html([{"kind": "step", "step": 1, "loss": 2.0, "ce": 2.0, "kl": 0.5}] + evals)).words
+    assert "bleu 5 → 12.5 · " in words and "rougeL 0.5" in words and "exact_match 0.25" in words and "ce 2 · kl 0.5" in words
+
+@pytest.mark.parametrize("name", odd_runs())
+def test_the_panels_are_well_formed_for(name):
+    svg = view.panels_svg(series(odd_runs()[name]))
+    ET.fromstring(svg)
+    assert "nan" not in svg and "inf" not in svg
+
+def test_marks_are_thinned_but_trouble_stays():
+    marks = [{"step": i, "kind": "failed" if i == 7 else "checkpoint", "label": "x"} for i in range(5000)]
+    kept = view.few_marks(marks, 100)
+    assert len(kept) == 100 and kept[0]["kind"] == "failed" and kept[-1]["step"] == 4999 and view.few_marks(marks[:3], 100) == marks[:3]
+
+@pytest.mark.parametrize("text", [EVIL, "</div>" * 50, "\u202e\u2066\u200f", "z" * 100_000, "🤗👩‍👩‍👧", "\x00\x1b[31m", "<script>alert(1)</script>"])
+def test_hostile_text_in_every_view(text):
+    events = [{"kind": "plan", "model": text, "device": text, "dtype": text}, {"kind": "state", "state": text, "step": 0}, {"kind": "step", "step": 1, "loss": 1.0}, {"kind": "note", "level": "info", "text": text},
+              {"kind": "eval", "step": 1, "loss": 1.0, text: 2.0}, {"kind": "memory", "device": text, "allocated_bytes": 1, "limit_bytes": 2}, {"kind": "sample", "when": "before", "prompt": text, "reference": text, "text": text},
+              {"kind": "state", "state": "failed", "error": text, "step": 1}]
+    r = row(text[:300], list(text[:300]), where=text, roles=[text[:50]] * 300)
+    rows = [dict(prompt=text, reference=text, base=text, tuned=text)]
+    for html in (run_html(events, text), compare_html(rows), plan_html(dict(title=text, rows=[(text, text)], warnings=[text])), gauge_html({"device": text, "allocated_bytes": 1}), preview_html([r], str, text)):
+        safe(html)
+        assert len(html) < 400_000
+        for svg in images(html): ET.fromstring(svg)
+    page = Page(report_html(events, {"model": text, "versions": {text: text}}, title=text, preview=preview_html([r], str)).replace("<!doctype html>", ""))
+    assert "script" not in page.tags
+    for said in (run_text(events), plan_text(dict(title=text, rows=[(text, text)], warnings=[text])), preview_text([r], str, text)):
+        assert not set(said) & set("\x00\x1b\u202e\u2066\u200f\ud800")

@@ -101,7 +101,7 @@ def test_hostile_text_is_made_visible_on_the_way(sent):
 def test_a_click_only_asks(sent):
     asked = []; v = LiveView("run", on_request=asked.append)
     for content in ({"type": "request", "name": "stop"}, {"type": "request", "name": "rm -rf"}, {"type": "other"}, "junk", {"type": "request"}): v._asked(v, content, [])
-    assert asked == ["stop"] and sent == [{"taken": "stop"}] and v.commands == ["stop", "checkpoint"]
+    assert asked == ["stop"] and sent == [{"taken": "stop"}] and v.commands == ["pause", "stop", "checkpoint", "evaluate"]
     v.close()
 
 def test_a_refused_request_is_said(sent):
@@ -262,3 +262,31 @@ def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, mo
     assert "widget-view" not in saved and len(saved) < most, len(saved)
     shown = [b for b in bundles if b["text/html"]]
     assert len(shown) == 1 and f"step</span> <b" in shown[0]["text/html"] and shown[0]["text/plain"].startswith(f"finished · step {steps:,} ") and "data:image/svg+xml" in shown[0]["text/html"]
+
+
+# --- what the buttons and the panels say
+
+@pytest.mark.parametrize("events, enabled", [([{"kind": "state", "state": "starting"}], ["stop"]), ([{"kind": "state", "state": "training", "step": 0}], ["pause", "stop", "checkpoint"]),
+    ([{"kind": "plan", "eval_rows": 4}, {"kind": "state", "state": "training", "step": 0}], ["pause", "stop", "checkpoint", "evaluate"]), ([{"kind": "state", "state": "paused", "step": 3}], ["resume", "stop"]),
+    ([{"kind": "state", "state": "finished", "step": 3}], []), ([{"kind": "state", "state": "failed", "step": 3}], [])])
+def test_buttons_follow_the_state(events, enabled): assert widgets._live_facts(Progress(events))["enabled"] == enabled
+
+def test_every_request_passes_and_resume_only_with_pause(sent):
+    from sftkit.events import RunDirectory
+    asked = []; v = LiveView("run", on_request=asked.append); w = LiveView("run", on_request=asked.append, commands=("stop",))
+    for name in RunDirectory.requests: v._asked(v, {"type": "request", "name": name}, [])
+    w._asked(w, {"type": "request", "name": "resume"}, [])
+    assert asked == list(RunDirectory.requests); v.close(); w.close()
+
+def test_no_page_gets_more_than_it_can_draw_and_the_extremes_stay(sent):
+    events = made_up_run(10_000); steps = [e for e in events if e["kind"] == "step"]
+    steps[4321]["grad_norm"], steps[777]["loss"], steps[9000]["seconds"] = 99.0, 77.0, 0.0001
+    p = Progress(events + [{"kind": "note", "text": "n"}] * 5000 + [{"kind": "eval", "step": i, "loss": 1.0} for i in range(1, 5000)]); v = LiveView("run", progress=p)
+    h = v.get_state("history")["history"]; v.push(events)
+    for points in (h["points"], sent[0]["points"]):
+        assert len(points) <= 2000 and max(q[3] for q in points) == 99.0 and max(q[1] for q in points) == 77.0 and max(q[4] for q in points) > 1e6
+    assert len(h["evals"]) <= 2000 and len(h["marks"]) <= 2000; v.close()
+
+def test_scores_reach_the_page():
+    p = Progress([{"kind": "step", "step": 1, "loss": 2.0, "ce": 2.0, "kl": 0.5}, {"kind": "step", "step": 2, "loss": 1.0, "ce": 1.0, "kl": 0.25}, {"kind": "eval", "step": 2, "loss": 1.5, "bleu": 12.5, "a\u202eb": 1.0}])
+    assert widgets._live_facts(p)["scores"] == "evaluation: loss 1.5 · bleu 12.5 · a⟨U+202E⟩b 1\nloss parts: ce 2 → 1 · kl 0.5 → 0.25"
