@@ -18,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch
 from sftkit.events import RunDirectory
+from sftkit.export import merge
 from sftkit.model import best_device, load_base, load_trained
 from sftkit.recipe import ModelError, Recipe
 from sftkit.training import Trainer, train_loader
@@ -64,6 +65,18 @@ def truth(path, batches):
             total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
             count += int((labels != -100).sum())
     return total / count
+
+
+def documents_truth(path, batch):
+    "As `truth`, for a packed batch, document by document."
+    apart = [(ids[d == k], labels[d == k]) for ids, labels, d in zip(batch["input_ids"], batch["labels"], batch["documents"]) for k in range(1, int(d.max()) + 1)]
+    return truth(path, [dict(input_ids=i[None], attention_mask=torch.ones_like(i)[None], labels=l[None]) for i, l in apart])
+
+
+def rate(events):
+    "Median real tokens per second over the steps after the third."
+    rates = sorted(e["seq_tokens"] / e["seconds"] for e in events if e["kind"] == "step" and e["step"] > 3)
+    return rates[len(rates) // 2]
 
 
 def main():
@@ -116,6 +129,29 @@ def main():
     check("flash-attn is used or its fallback named", any("flash" in e.get("text", "") for e in noted) or bool(__import__("importlib.util").util.find_spec("flash_attn")))
     memory = next(e for e in reversed(noted) if e["kind"] == "memory")
     check("the gauge reads this device", memory["device"] == name and 0 < memory["allocated_bytes"] <= memory["limit_bytes"], allocated_GB=memory["allocated_bytes"] / 1e9, limit_GB=memory["limit_bytes"] / 1e9)
+
+    packed = base.replace(packing=True, max_seq_length=512, batch_size=4, gradient_accumulation=1)
+    first = next(iter(train_loader(Trainer(packed.replace(project_name="x")).data)))
+    expected = documents_truth(model, first)
+    for precision, tolerance in ("no", 1e-4), ("bf16", 2e-3) if device.type == "cuda" else ("no", 1e-4):
+        losses, seconds, peak, *_, events = fit(packed.replace(project_name=f"packed-{precision}", mixed_precision=precision))
+        check(f"packed {precision}: step-1 loss is the fp32 truth of the documents alone", abs(losses[0] - expected) < tolerance * expected, loss=losses[0], truth=expected, documents=int(first["rows"].numel()),
+              tokens_per_s=rate(events), peak_GB=peak / 1e9)
+    padded = fit(base.replace(project_name="padded", mixed_precision="bf16" if device.type == "cuda" else "no"))
+    packed_same = fit(packed.replace(project_name="packed", mixed_precision="bf16" if device.type == "cuda" else "no"))
+    check("packing: real tokens per second, packed to padded", True, ratio=rate(packed_same[5]) / rate(padded[5]))
+
+    lora = base.replace(peft=True, lora_dropout=0.0, lr=1e-3, max_steps=4)
+    for bits in None, "int4":
+        *_, events = fit(lora.replace(project_name=f"teacher-{bits}", use_distillation=True, teacher_model=model, teacher_quantization=bits))
+        kl = [e["kl"] for e in events if e["kind"] == "step"]
+        check(f"distillation, teacher {bits or 'unquantised'}: KL to itself at step 1", abs(kl[0]) < (0.05 if bits else 1e-3 if device.type == "cuda" else 1e-5), kl=kl[0], last=kl[-1])
+    for optimizer in "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_fused":
+        losses, _, peak, *_ = fit(base.replace(project_name=optimizer, optimizer=optimizer))
+        check(f"{optimizer}: learns", losses[-1] < losses[0] - 0.3, first=losses[0], last=losses[-1], peak_GB=peak / 1e9)
+    losses, _, _, trained, run, _ = fit(lora.replace(project_name="merge", quantization="int4", max_steps=12))
+    merged = merge(run.path, "merged", [first["input_ids"][0, :64].tolist()], trained, device)
+    check("int4 run merged into the full-precision base", merged.max_difference < 1e-3 * 30 and merged.dtype == "float32", to_adapter=merged.max_difference, to_trained=merged.trained_difference)
 
     if a.out: Path(a.out).write_text(json.dumps(results, indent=1))
     failed = sum(not r["ok"] for r in results)

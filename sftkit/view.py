@@ -83,7 +83,7 @@ def human_number(
 _FEW = 12 # up to this many steps the points themselves are drawn, and nothing is smoothed
 def _number(x): return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
 
-# %% ../nbs/09_view.ipynb #d24058d4
+# %% ../nbs/09_view.ipynb #292774a7
 class Progress:
     "What the events seen so far amount to."
     running = ("starting", "training")
@@ -149,7 +149,7 @@ class Progress:
     def _take_memory(self, event):
         self.memory = event
         self.peak_bytes = max(self.peak_bytes, event.get("peak_bytes") or 0, event.get("allocated_bytes") or 0)
-        self.memories.append(event)
+        self.memories.append({"step": self.step, **event})
 
     def _smooth_loss(self): # the last smoothed loss; what lies ten spans back weighs less than 1e-4
         n = len(self.steps)
@@ -507,7 +507,7 @@ def _details(p, f): # [(label, value)]: the small print
     if f["device"]: pairs.append(("device", " · ".join(str(v) for v in (f["device"], f["dtype"]) if v)))
     return pairs
 
-# %% ../nbs/09_view.ipynb #eeff0ee3
+# %% ../nbs/09_view.ipynb #615b344e
 def run_text(
     events, # events of a run, or a `Progress`
 )->str: # one line
@@ -531,7 +531,7 @@ def run_html(
         alt = f"loss {_arrow(f['first_loss'], f['smooth_loss'])} in {f['step']:,} steps"
         picture = "width:100%;max-width:700px;height:auto;display:block"
         parts.append(_tag("div", svg_image(curve_svg(series(p, max_points), few_marks(p.marks, 200)), alt, picture)))
-        if p.steps: parts.append(_tag("div", svg_image(panels_svg(series(p, 160)), "learning rate, gradient norm and tokens per second", picture)))
+        if p.steps: parts.append(_tag("div", svg_image(panels_svg(series(p, 90)), "learning rate, gradient norm and tokens per second", picture)))
     parts += [_gauge(p), _table(_details(p, f))]
     if p.samples: parts.append(compare_html(_pair_samples(p.samples)[-3:]))
     return _tag("div", "".join(parts), style=_BOX)

@@ -124,10 +124,14 @@ def test_live_js_by_itself(server):
             await frame(); out.resumed = seen();
             el.querySelector("[data-command=stop]").click(); await frame(); out.sent = sent; out.button = el.querySelector("[data-command=stop]").textContent;
             say({name: "stop", refused: "Nothing is training."}); await frame(); out.refused = el.querySelector(".sft-notice").textContent; out.again = el.querySelector("[data-command=stop]").disabled;
+            say({seq: 104.5, points: [], evals: [], facts: facts(50, {enabled: ["stop"], scores: "<b>bleu</b> 3"})}); await frame();
+            out.checkpoint = el.querySelector("[data-command=checkpoint]").disabled; out.stop = el.querySelector("[data-command=stop]").disabled; out.scores = el.querySelector(".sft-scores").textContent;
+            out.panels = [...el.querySelectorAll(".sft-panels span")].map((e) => e.textContent);
             say({seq: 105, points: [], evals: [], facts: facts(50, {state: "failed", error: "<i>boom</i>"})}); await frame(); out.buttons = el.querySelectorAll("button").length;
             out.tags = [...el.querySelectorAll("script,img,b b,i i")].length; out.hit = window.hit; out.text = root.textContent;
             close(); return out; }""", [(browser.ROOT/"sftkit"/"live.js").read_text()])
     finally: page.close()
     assert (result["loaded"], result["duplicate"], result["resumed"]) == (3, 3, 50) and result["burst"][0] == 103 and result["burst"][1] <= 2
     assert result["sent"] == [{"type": "request", "name": "stop"}] and result["button"] == "stopping …" and result["refused"] == "Nothing is training." and result["again"] is False
+    assert result["checkpoint"] is True and result["stop"] is False and result["scores"] == "<b>bleu</b> 3" and [p.rsplit(" ", 1)[0] for p in result["panels"]] == ["learning rate", "gradient norm", "tokens/s"]
     assert result["buttons"] == 0 and result["tags"] == 0 and result.get("hit") is None and "<script>" in result["text"]
