@@ -74,7 +74,7 @@ def _load_rows(r, given, given_valid, preprocess):
 
 def _needs_held_out(r): return r.early_stopping_patience is not None or r.use_enhanced_eval or r.eval_save_predictions
 
-# %% ../nbs/07_training.ipynb #a20de08c
+# %% ../nbs/07_training.ipynb #a7bb98db
 def prepare(
     r:Recipe,
     rows:list|None=None, # Row objects to use instead of reading `r.data_path`
@@ -83,7 +83,7 @@ def prepare(
 )->Prepared:
     "Read, map, split and encode the data. Raises `DataError`, `TemplateError` or `ModelError` (tokenizer) before any weight is loaded."
     earlier_weights(r)
-    check_metrics(r.eval_metrics)
+    if r.use_enhanced_eval: check_metrics(r.eval_metrics)
     train_rows, valid_rows = _load_rows(r, rows, valid_rows, preprocess)
     shape = detect_shape(train_rows, r.text_column)
     tokenizer = load_tokenizer(r.model, r.trust_remote_code)
