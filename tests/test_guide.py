@@ -362,3 +362,11 @@ def test_acceptance_30_the_command_line_launches_its_own_processes(tiny):
     with pytest.raises(RunError, match="sftkit llm"): plan("three", 1).options(gpus=2).fit()
     failed = subprocess.run([sys.executable, "-m", "sftkit", "llm", *two.recipe.replace(chat_template="chatlm", project_name="x").to_args()], capture_output=True, text=True, env=env)
     assert failed.returncode != 0 and failed.stderr.count("chatml") and "Traceback (most recent call last):\n  File" not in failed.stderr.split("error:")[0]
+
+
+def test_the_table_of_parameters_is_complete_and_names_tests_that_exist():
+    import re
+    from parameters import ROOT, SHOWN_BY, table
+    assert (ROOT / "docs" / "parameters.md").read_text() == table()
+    names = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py")), re.M))
+    for shown in SHOWN_BY.values(): assert shown in names or any(n.startswith(f"test_acceptance_{shown}_") for n in names), shown
