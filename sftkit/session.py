@@ -447,7 +447,7 @@ def _load_run(run):
     ends = model.generation_config.eos_token_id
     return model, tokenizer, encoder, [ends] if isinstance(ends, int) else list(ends or [])
 
-# %% ../nbs/12_session.ipynb #55fdc429
+# %% ../nbs/12_session.ipynb #91bb84ae
 class _as_base:
     "The run with its base model in place of the tuned one: the adapter switched off, or the base loaded."
     def __init__(self, run): self.run = run
@@ -455,7 +455,8 @@ class _as_base:
         from sftkit.evaluate import base_model
         from sftkit.model import fit_embeddings, load_base
         model, tokenizer, encoder, stop_ids = self.run._parts()
-        self.off = base_model(model) if hasattr(model, "peft_config") else None
+        as_it_was = self.run.recipe.init_lora_weights not in ("pissa", "olora") and not self.run.recipe.modules_to_save      # those move part of the base into the adapter
+        self.off = base_model(model) if hasattr(model, "peft_config") and as_it_was else None
         if self.off: self.off.__enter__()
         else:
             model = load_base(self.run.recipe.model, model.dtype, model.device, trust_remote_code=self.run.recipe.trust_remote_code)

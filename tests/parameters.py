@@ -11,7 +11,8 @@ SHOWN_BY = dict(
     continue_from="test_continue_from_starts_a_new_run_from_old_weights", epochs="01", max_steps="23", batch_size="25", lr="03", warmup_ratio="test_every_scheduler_of_the_recipe_trains", gradient_accumulation="16",
     optimizer="test_every_optimizer_of_the_recipe_trains", scheduler="test_every_scheduler_of_the_recipe_trains", early_stopping_patience="20", early_stopping_threshold="20", save_steps="24", eval_steps="20", save_total_limit="20",
     max_seq_length="14", padding="15", chat_template="11", add_eos_token="13", block_size="test_block_size_cuts_joined_text", train_on="16", peft="06", lora_r="06", lora_alpha="06", lora_dropout="06",
-    target_modules="06", merge_adapter="08", use_dora="08", quantization="07", mixed_precision="27", use_flash_attention_2="28", gradient_checkpointing="22",
+    target_modules="06", merge_adapter="08", use_dora="08", use_rslora="test_every_lora_option_trains_reloads_merges_and_knows_its_base", init_lora_weights="test_every_lora_option_trains_reloads_merges_and_knows_its_base",
+    modules_to_save="test_every_lora_option_trains_reloads_merges_and_knows_its_base", quantization="07", mixed_precision="27", use_flash_attention_2="28", gradient_checkpointing="22",
     unsloth="28", packing="21", use_distillation="17", teacher_model="17", distill_temperature="17", distill_alpha="17", use_enhanced_eval="18", eval_metrics="18", eval_save_predictions="18", eval_samples="18",
     eval_max_new_tokens="18", log="29", distributed_backend="30", gpus="30", token="test_secrets_stay_out")
 

@@ -341,6 +341,21 @@ def test_acceptance_08_a_quantised_run_merges_into_the_full_precision_base(tiny_
     assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 32 / 4 * low, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", [dict(dora=True), dict(rslora=True), dict(init="gaussian"), dict(init="pissa"), dict(init="olora"), dict(modules_to_save="lm_head")], ids=str)
+def test_every_lora_option_trains_reloads_merges_and_knows_its_base(tmp_path, option):
+    untied = save_tiny(tmp_path / "untied", extra=("<|im_start|>", "<|im_end|>"), tie=False)
+    run = plan_for(untied, max_steps=4).lora(r=4, dropout=0, **option).fit()
+    assert steps(run)[-1] < steps(run)[0]
+    ids = torch.tensor([[5, 9, 300, 44, 61, 7]])
+    with torch.no_grad():
+        trained, again, base = run.model(ids).logits, load_trained("run")[0](ids).logits, load_base(untied)(ids).logits
+    assert (trained - again).abs().max() < 1e-4 and (trained - base).abs().max() > 1e-3
+    run.merge("out")
+    with torch.no_grad(): assert (load_base("out")(ids).logits - trained).abs().max() < 1e-3
+    from sftkit.session import _as_base
+    with _as_base(run) as plain, torch.no_grad(): assert (plain.model(ids).logits - base).abs().max() < 1e-5
+
+
 def test_merge_says_what_is_wrong(tiny):
     run = plan_for(tiny, max_steps=1).fit()
     with pytest.raises(RunError, match="whole model"): run.merge("out")
