@@ -8,14 +8,14 @@ __all__ = ['Prepared', 'prepare', 'Batches', 'PackedBatches', 'batches_of', 'tra
            'started_trackers', 'claim', 'about', 'process_rank', 'process_count', 'from_main_process', 'unsloth_note',
            'Trainer', 'trainer_class', 'sample_prompts', 'asked', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #7d4c7d11
+# %% ../nbs/07_training.ipynb #bca1c06f
 import contextlib, functools, hashlib, importlib, importlib.util, json, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (add_tokens, attention_backend, best_device, causal_lm, check_packing, check_scoring, check_teacher, compute_dtype, distillation_sums, earlier_weights, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, save_model, score_tokens,
-                          token_loss_sum)                # first, since it quiets bitsandbytes, which TRL imports
+from .model import (add_tokens, attention_backend, best_device, causal_lm, check_packing, check_scoring, check_teacher, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens,
+                          token_loss_sum, use_flat_attention)                # first, since it quiets bitsandbytes, which TRL imports
 from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -172,7 +172,7 @@ class PackedBatches(Batches):
 
     def filler(self, batch): return [(~batch[0][0],)]
 
-# %% ../nbs/07_training.ipynb #7e38e04d
+# %% ../nbs/07_training.ipynb #60f0a9ea
 def batches_of(
     data:Prepared,
     rank:int=0, # this process
@@ -187,9 +187,11 @@ def train_loader(
     data:Prepared,
     rank:int=0, # this process
     processes:int=1,
+    flat:bool=False, # without padding, see `model.flat_batch`
 )->torch.utils.data.DataLoader: # batches: input_ids, labels, position_ids (batch, seq) int64, rows (number of examples,) int64, and attention_mask, or documents if packed, (batch, seq) int64
-    "The loader that training uses."
-    return torch.utils.data.DataLoader(_Numbered(data.train.examples), batch_sampler=batches_of(data, rank, processes), collate_fn=_collator(data))
+    "The loader that training uses. `flat` lays the very same batches end to end."
+    collator = _collator(data)
+    return torch.utils.data.DataLoader(_Numbered(data.train.examples), batch_sampler=batches_of(data, rank, processes), collate_fn=(lambda rows: flat_batch(collator(rows))) if flat else collator)
 
 class _Numbered(torch.utils.data.Dataset):
     "Examples with their number, so that a batch can say which rows it holds. `~i` is example i without a trained token; a tuple is several."
@@ -237,13 +239,14 @@ def best_evaluation(
         if loss < losses[best] - threshold: best = i
     return best, len(losses) - 1 - best
 
-# %% ../nbs/07_training.ipynb #389012f6
+# %% ../nbs/07_training.ipynb #65c5bbea
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=()):
+    def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=(), flat=False):
         from datasets import Dataset
+        self.flat = flat
         self.data_prepared, self.run, self.events, self.teacher, self.evaluations = data, run, log, teacher, list(evaluations)
         self.step_parts, self.step_rows, self.grad_norm = None, [], None
         score_tokens(causal_lm(model))                              # before accelerate wraps the forward in autocast, so that the loss is computed inside it
@@ -263,14 +266,14 @@ class Engine(SFTTrainer):
 
     def get_train_dataloader(self):
         "Our loader, already this process's share; accelerate only moves its batches to the device."
-        loader = train_loader(self.data_prepared, self.args.process_index, self.args.world_size)
+        loader = train_loader(self.data_prepared, self.args.process_index, self.args.world_size, self.flat)
         self.batches = loader.batch_sampler
         return prepare_data_loader(loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         tokens = sum((b["labels"][:, 1:] != -100).sum() for b in batch_samples).to(device)
         self.step_tokens = self.accelerator.gather(tokens).sum()
-        self.step_seq_tokens = sum((b["documents" if "documents" in b else "attention_mask"] > 0).sum() for b in batch_samples)
+        self.step_seq_tokens = sum(b["input_ids"].numel() if self.flat else int((b["documents" if "documents" in b else "attention_mask"] > 0).sum()) for b in batch_samples)
         return self.step_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -342,7 +345,8 @@ class Engine(SFTTrainer):
     def _eval_batches(self):
         examples = sorted(self.data_prepared.valid.examples, key=lambda e: -len(e["input_ids"]))[self.args.process_index::self.args.world_size]
         size, pad = self.args.per_device_eval_batch_size, self.data_prepared.tokenizer.pad_token_id
-        return (collate(examples[i:i + size], pad, self.data_prepared.recipe.padding) for i in range(0, len(examples), size))
+        batches = (collate(examples[i:i + size], pad, self.data_prepared.recipe.padding) for i in range(0, len(examples), size))
+        return map(flat_batch, batches) if self.flat else batches
 
     def _get_output_dir(self, trial): return str(self.run.path/".saving") if self.saving else super()._get_output_dir(trial)
     saving = False
@@ -567,7 +571,7 @@ def unsloth_note()->str:
     if importlib.util.find_spec("unsloth") is None: return "Unsloth is not installed (pip install unsloth; it needs an NVIDIA, AMD or Intel GPU); sftkit's own layers are used instead, with the same results."
     return "Unsloth is installed, but sftkit does not drive this version yet; its own layers are used instead, with the same results."
 
-# %% ../nbs/07_training.ipynb #1ad6e336
+# %% ../nbs/07_training.ipynb #73dec076
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -609,9 +613,10 @@ class Trainer:
         if process_rank() == 0: self._write_plan(run, data, device)
         model = load_for_training(self.recipe, data.tokenizer, data.new_ids, device, dtype)
         check_scoring(model, data.train.examples[0]["input_ids"][:64])
-        if self.recipe.packing: check_packing(model, data.train.examples[0]["input_ids"])
-        self._announce(log, data, model, device, dtype)
-        state = self._train(log, run, model, data, device, dtype, checkpoint)
+        teacher = load_teacher(self.recipe, device, dtype) if self.recipe.use_distillation else None
+        flat = self._lay_flat(log, [model, teacher] if teacher else [model], data.train.examples[0]["input_ids"], dtype)
+        self._announce(log, data, model, device, dtype, flat)
+        state = self._train(log, run, model, data, device, dtype, checkpoint, teacher, flat)
         log.append("state", state=state, step=_last_step(run), **this_process())
         return model
 
@@ -620,12 +625,20 @@ class Trainer:
             if rows is not None: store_rows(rows, path)
         write_atomic(run.recipe_path, self.recipe.replace(resume=None).to_yaml(about=about(data, device)))
 
-    def _train(self, log, run, model, data, device, dtype, checkpoint):
+    def _lay_flat(self, log, models, ids, dtype):
+        "Whether batches go without padding. Where a model cannot, packed rows need a mask that keeps documents apart; `check_packing` raises if that doesn't either."
+        why = next((why for m in models if (why := use_flat_attention(m, ids, dtype))), None)
+        if why is None: return True
+        for m in models:
+            plain_attention(m)
+            if self.recipe.packing: check_packing(m, ids)
+        if self.recipe.packing: log.append("note", level="info", text=f"{why}, so packed rows are kept apart by a mask, which is right and slower.")
+        return False
+
+    def _train(self, log, run, model, data, device, dtype, checkpoint, teacher, flat):
         prompts = sample_prompts(data) if process_rank() == 0 else []
         if checkpoint is None: write_samples(log, model, data, prompts, "before")
-        teacher = load_teacher(self.recipe, device, dtype) if self.recipe.use_distillation else None
-        if teacher and self.recipe.packing: check_packing(teacher, data.train.examples[0]["input_ids"])
-        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)))
+        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)), flat)
         with started_trackers(self.recipe, run) if process_rank() == 0 else contextlib.nullcontext([]) as engine.recorder.trackers:
             with stop_on_interrupt(engine.recorder): engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if engine.recorder.outcome != "finished": return engine.recorder.outcome
@@ -644,13 +657,13 @@ class Trainer:
         engine.recorder.add("scores", step=engine.state.global_step, rows=len(engine.data_prepared.valid_rows), loss=loss, perplexity=math.exp(min(loss, 700)), **scores)
         if r.eval_save_predictions and predictions: write_atomic(run.path/"predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
 
-    def _announce(self, log, data, model, device, dtype):
+    def _announce(self, log, data, model, device, dtype, flat):
         r, (trainable, total) = self.recipe, parameter_counts(model)
         for text in (*data.notes, attention_backend(r.use_flash_attention_2, device)[1], unsloth_note() if r.unsloth else None):
             if text: log.append("note", level="warning", text=text)
         stats = data.train.stats
         log.append("plan", model=r.model, total_steps=data.steps(process_count())[1], epochs=r.epochs, rows=stats["rows"], eval_rows=len(data.valid_rows), trainable_parameters=trainable, total_parameters=total,
-                   device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
+                   device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), padding_free=flat, trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
 
 def _evaluations(run, checkpoint):
     "(step, loss) of the evaluations up to a checkpoint."
