@@ -9,12 +9,12 @@ __all__ = ['wants_processes', 'process_count_for', 'launch_command', 'launch']
 import os, subprocess, sys
 from .recipe import Recipe, RecipeError
 
-# %% ../nbs/11_launch.ipynb #b4a1b7e5
+# %% ../nbs/11_launch.ipynb #c64af05b
 def wants_processes(
     r:Recipe,
 )->bool: # whether this process should launch others instead of training
     "True if the recipe asks for several devices and no launcher has started us yet."
-    return "WORLD_SIZE" not in os.environ and (r.distributed_backend is not None or (r.gpus or 1) > 1)
+    return "WORLD_SIZE" not in os.environ and (r.distributed_backend is not None or (r.gpus or 1) > 1 or (r.nodes or 1) > 1)
 
 def process_count_for(
     r:Recipe,
@@ -22,26 +22,34 @@ def process_count_for(
     "`gpus`, else as many as CUDA_VISIBLE_DEVICES lists, else as many GPUs as there are; without any GPU two processes on the CPU. Raises `RecipeError` where there are fewer GPUs, or a single one."
     import torch
     found = torch.cuda.device_count()
-    if not found: return r.gpus or 2, False
-    if (r.gpus or 2) > found: raise RecipeError(f"`gpus={r.gpus or 2}`, and this machine shows {found} (CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}). "
+    least = 1 if (r.nodes or 1) > 1 else 2
+    if not found: return r.gpus or least, False
+    if (r.gpus or least) > found: raise RecipeError(f"`gpus={r.gpus or least}`, and this machine shows {found} (CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}). "
                                                 "Lower `gpus`, or leave `distributed_backend` out to train on one.")
     return r.gpus or found, True
 
-# %% ../nbs/11_launch.ipynb #b3ba9be9
+# %% ../nbs/11_launch.ipynb #6de8bb83
 def launch_command(
     r:Recipe,
     processes:int, # on this machine
 )->list: # words of a command line
-    "The command that starts `processes` workers of this recipe on one machine, on a free port."
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "sftkit", "llm", *r.to_args()]
+    "The command that starts `processes` workers of this recipe: on one machine, on a free port; on one of several, meeting the others at MASTER_ADDR:MASTER_PORT. Raises `RecipeError` if that is not set."
+    meet = ["--standalone"] if (r.nodes or 1) == 1 else ["--nnodes", str(r.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", _meeting_place(r), "--rdzv-id", os.path.basename(os.path.normpath(r.project_name))]
+    return [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(processes), "-m", "sftkit", "llm", *r.to_args()]
 
-# %% ../nbs/11_launch.ipynb #941a14e9
+def _meeting_place(r):
+    if not os.environ.get("MASTER_ADDR"):
+        raise RecipeError(f"`nodes={r.nodes}` is for {r.nodes} machines, and nothing says where they meet. On each of them, with the same files, type: MASTER_ADDR=<address of the first machine> sftkit llm ... --nodes {r.nodes}. "
+                          "Port 29500 (MASTER_PORT) must be reachable, and the run directory should lie on a file system that all of them see, so that a run can be resumed.")
+    return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}"
+
+# %% ../nbs/11_launch.ipynb #15dd0241
 def launch(
     r:Recipe,
 )->int: # exit code of the workers
     "Start the workers of a recipe and wait for them. An interrupt reaches the workers too, which finish their step and write a checkpoint."
     processes, on_gpu = process_count_for(r)
-    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **({"HF_TOKEN": r.token} if r.token else {})}
+    env = {**{k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}, "TOKENIZERS_PARALLELISM": "false", **({"HF_TOKEN": r.token} if r.token else {})}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     print(f"sftkit: {processes} processes, " + ("a GPU each" if on_gpu else "on the CPU, since there is no GPU here"), file=sys.stderr)
     worker = subprocess.Popen(launch_command(r, processes), env=env)

@@ -250,12 +250,13 @@ def load_for_training(
     if r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu"): recompute_activations(model)
     return model.train()
 
-# %% ../nbs/04_model.ipynb #6453b444
+# %% ../nbs/04_model.ipynb #2d0bde5e
 def save_model(
     model, # as trained
     tokenizer, # with its chat template
     folder:str|Path, # written completely; callers rename it into place
     stop_ids:list=(), # tokens that end an answer, for generation after a reload
+    state:dict|None=None, # the weights, where the model holds only a share of them
 ):
     "Write weights (or adapter) and tokenizer as transformers and peft load them, in safetensors."
     config = getattr(model, "generation_config", None)
@@ -264,7 +265,7 @@ def save_model(
         config.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, **extra)
+    model.save_pretrained(folder, state_dict=state, **extra)
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -275,18 +275,19 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
-# %% ../nbs/00_recipe.ipynb #e5611783
+# %% ../nbs/00_recipe.ipynb #b464cf8a
 def _engines_to_come(r):
-    asked = dict(push_to_hub=r.push_to_hub, distributed_backend=r.distributed_backend in ("fsdp", "deepspeed"), nodes=(r.nodes or 1) > 1, compile=r.compile is True, init_lora_weights=r.init_lora_weights == "loftq")
-    return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}{', or use ' + repr('ddp') if n == 'distributed_backend' else ''}." for n, on in asked.items() if on]
+    asked = dict(push_to_hub=r.push_to_hub, compile=r.compile is True, init_lora_weights=r.init_lora_weights == "loftq")
+    return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
 
-# %% ../nbs/00_recipe.ipynb #b1e50994
+# %% ../nbs/00_recipe.ipynb #9c3749bd
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
     "What in this recipe cannot work together, and what to type instead."
     found = _engines_to_come(r)
     if r.quantization and not r.peft: found.append(f"`quantization={r.quantization!r}` freezes the weights, so something else must be trained: add `peft=True` (`--peft`, or `.lora()` in a notebook).")
+    if r.quantization and r.distributed_backend in ("fsdp", "deepspeed"): found.append(f"`distributed_backend={r.distributed_backend!r}` shares weights out, which bitsandbytes' {r.quantization} weights do not allow: use \"ddp\", or no quantisation.")
     if r.teacher_model and not r.use_distillation: found.append(f"`teacher_model={r.teacher_model!r}` is given, but `use_distillation` is off: add `use_distillation=True`, or leave the teacher out.")
     if r.merge_adapter and not r.peft: found.append("`merge_adapter` merges an adapter, and none is trained: add `peft=True`, or leave it out.")
     if r.init_lora_weights in ("pissa", "olora") and r.quantization: found.append(f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, which `quantization` freezes: use `init_lora_weights=\"default\"`, or no quantisation.")
