@@ -18,6 +18,7 @@ demo: $(VENV)/.installed      ## train on the sample data and compare before and
 
 # DeepSpeed has no wheels; where it cannot be built its tests say so and are left out
 $(VENV)/.deepspeed: $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	-DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed hjson ninja py-cpuinfo msgpack einops
 	touch $@
 

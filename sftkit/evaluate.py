@@ -100,7 +100,8 @@ def _text(tokenizer, ids, stop_ids, skip_special_tokens):
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/06_evaluate.ipynb #306a5594
+# %% ../nbs/06_evaluate.ipynb #a44910c6
+@torch.compiler.set_stance("force_eager") # compiled layers are for training; one token at a time they would be compiled again and again
 def generate(
     model, # a causal language model, with or without adapter; left as it was
     tokenizer, # decodes; its eos is a stop token unless `stop_ids` is given

@@ -58,7 +58,7 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bn
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 _SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
-# %% ../nbs/00_recipe.ipynb #98e3f09e
+# %% ../nbs/00_recipe.ipynb #99931a95
 @dataclass(frozen=True, init=False)
 class Recipe:
     """All choices of one run, checked. `Recipe(model=..., data_path=..., project_name=...)` is enough; the rest are defaults.
@@ -117,7 +117,7 @@ class Recipe:
     gradient_checkpointing: bool|str = _opt(True, "optimisation", "recompute activations in the backward pass to save memory; auto: only where a GPU needs it", choices=(True, False, "auto"))
     unsloth: bool = _opt(False, "optimisation", "use Unsloth's kernels")
     packing: bool = _opt(False, "optimisation", "several rows in one sequence, never attending to each other")
-    compile: bool|str = _opt("auto", "optimisation", "compile the layers", choices=(True, False, "auto"))
+    compile: bool|str = _opt("auto", "optimisation", "compile the layers; auto: on a GPU, in runs long enough to be worth the first step's delay", choices=(True, False, "auto"))
 
     use_distillation: bool = _opt(False, "distillation", "learn from a teacher's distribution too")
     teacher_model: str|None = _opt(None, "distillation", "hub id or folder of the teacher")
@@ -275,12 +275,12 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
-# %% ../nbs/00_recipe.ipynb #b464cf8a
+# %% ../nbs/00_recipe.ipynb #2e3b3240
 def _engines_to_come(r):
-    asked = dict(push_to_hub=r.push_to_hub, compile=r.compile is True, init_lora_weights=r.init_lora_weights == "loftq")
+    asked = dict(push_to_hub=r.push_to_hub)
     return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
 
-# %% ../nbs/00_recipe.ipynb #9c3749bd
+# %% ../nbs/00_recipe.ipynb #986eda6b
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
@@ -290,6 +290,7 @@ def conflicts(
     if r.quantization and r.distributed_backend in ("fsdp", "deepspeed"): found.append(f"`distributed_backend={r.distributed_backend!r}` shares weights out, which bitsandbytes' {r.quantization} weights do not allow: use \"ddp\", or no quantisation.")
     if r.teacher_model and not r.use_distillation: found.append(f"`teacher_model={r.teacher_model!r}` is given, but `use_distillation` is off: add `use_distillation=True`, or leave the teacher out.")
     if r.merge_adapter and not r.peft: found.append("`merge_adapter` merges an adapter, and none is trained: add `peft=True`, or leave it out.")
+    if r.init_lora_weights == "loftq" and r.quantization != "int4": found.append("`init_lora_weights=\"loftq\"` starts the adapter as what 4-bit weights lost, so it needs `quantization=\"int4\"` (`.quantize(\"int4\")`).")
     if r.init_lora_weights in ("pissa", "olora") and r.quantization: found.append(f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, which `quantization` freezes: use `init_lora_weights=\"default\"`, or no quantisation.")
     if r.packing and r.block_size > 0: found.append("`block_size` already fills each row, so `packing` has nothing to add: keep one of them.")
     if r.packing and r.padding == "left": found.append("`packing` leaves next to no padding, and what is left stands on the right: leave `padding` at \"right\".")

