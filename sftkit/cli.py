@@ -9,9 +9,9 @@ __all__ = ['COMMANDS', 'llm', 'preview', 'report', 'stop', 'resume', 'watch', 'f
 import os, sys
 from .recipe import Recipe, SftkitError, RecipeError, did_you_mean, parse_args, recipe_fields
 
-# %% ../nbs/13_cli.ipynb #5b85a36f
-def _plan(args):
-    "A Session from `--config FILE` and flags, which win over the file."
+# %% ../nbs/13_cli.ipynb #b320ca13
+def _plan(args, project=None):
+    "A Session from `--config FILE` and flags, which win over the file. `project` stands in where none is named."
     from sftkit.session import Session
     args, config = list(args), {}
     if "--config" in args:
@@ -19,9 +19,9 @@ def _plan(args):
         if i + 1 == len(args): raise RecipeError("`--config` needs the path of a YAML file.")
         config = Recipe.from_yaml(args[i + 1]).to_dict()
         del args[i:i + 2]
-    return Session.from_recipe(Recipe(**{**config, **parse_args(args)}))
+    return Session.from_recipe(Recipe(**{**({"project_name": project} if project else {}), **config, **parse_args(args)}))
 
-# %% ../nbs/13_cli.ipynb #ea37d4ba
+# %% ../nbs/13_cli.ipynb #14aa037a
 def llm(args):
     "sftkit llm --model M --data-path D --project-name P [...]: fine-tune; `sftkit llm --help` lists the flags"
     if "--help" in args or "-h" in args or not args: return print(flags_help())
@@ -32,9 +32,9 @@ def llm(args):
     if int(os.environ.get("RANK", 0)) == 0: print(f"Report: {run.report()}")
 
 def preview(args):
-    "sftkit preview --model M --data-path D --project-name P [...]: show which tokens would be trained"
+    "sftkit preview --model M --data-path D [...]: show which tokens would be trained"
     from sftkit.view import preview_text
-    shown = _plan(args).preview()
+    shown = _plan(args, project="preview").preview()
     print(shown.text)
 
 def report(args):
@@ -77,7 +77,7 @@ def usage()->str:
     "All commands, a line each."
     return "\n".join([*(f"  {c.__doc__}" for c in COMMANDS.values()), "  sftkit --version"])
 
-# %% ../nbs/13_cli.ipynb #be017c8d
+# %% ../nbs/13_cli.ipynb #5adfadda
 def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted
@@ -89,6 +89,7 @@ def main(
         if not argv or argv[0] in ("-h", "--help"): print(f"sftkit: supervised fine-tuning\n{usage()}"); return 0
         if argv[0] == "--version": return print(__import__("sftkit").__version__) or 0
         if argv[0] not in COMMANDS: raise RecipeError(f"`{argv[0]}` is no command.{did_you_mean(argv[0], COMMANDS)}\n{usage()}")
+        if argv[0] != "llm" and {"-h", "--help"} & set(argv[1:]): return print(COMMANDS[argv[0]].__doc__) or 0
         return COMMANDS[argv[0]](argv[1:]) or 0
     except SftkitError as e:
         if traceback: raise

@@ -134,7 +134,12 @@ def _read_json(
     if not isinstance(found, list): raise DataError(f"{path.name} holds a {type(found).__name__}. It should be a list of objects, [{{\"text\": \"...\"}}, ...].")
     return [(record, f"{path.name} row {i}") for i, record in enumerate(found, 1)]
 
-# %% ../nbs/03_data.ipynb #a9c2464e
+# %% ../nbs/03_data.ipynb #4c28fd5b
+def _open_quote(text, line, delimiter): # whether the last record, which starts at `line`, ends inside quotes
+    rest = "\n".join(text.replace("\r\n", "\n").split("\n")[line - 1:])
+    try: return not list(csv.reader([rest.rstrip("\n") + "\n"], delimiter=delimiter, strict=True))
+    except csv.Error as error: return "unexpected end" in str(error)
+
 def _read_csv(
     path:Path, # .csv or .tsv file
     text:str, # its text
@@ -146,13 +151,17 @@ def _read_csv(
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         names, rows = [n.strip() for n in next(lines)], []
+        began = ended = lines.line_num
         for cells in lines:
+            began, ended = ended + 1, lines.line_num
             if not cells: continue
             where = f"{path.name} row {len(rows) + 1}"
             if len(cells) > len(names):
                 raise DataError(f"{where} (line {lines.line_num}) has {len(cells)} cells, but the header names {len(names)}: {', '.join(names)}. "
                                 'Put a cell that contains a comma or a line break between double quotes, "like, this".')
             rows.append(({n: c for n, c in zip(names, cells) if c}, where))
+        if rows and cells and ended > began and _open_quote(text, began, delimiter):
+            raise DataError(f"{path.name} line {began} opens a double quote that nothing closes, so all lines after it would be one cell. Close it; a quote inside a cell is written twice, \"\".")
     except csv.Error as error: raise DataError(f"{path.name} line {lines.line_num} is not valid CSV: {error}.") from None
     finally: csv.field_size_limit(limit)
     if len(set(names)) < len(names): raise DataError(f"{path.name} names a column twice: {', '.join(names)}. Rename one of them.")
@@ -187,7 +196,7 @@ def _read_file(
     if not rows: raise DataError(f"{path} holds no rows, only {'a header' if kind in ('.csv', '.tsv') else 'an empty table'}.")
     return rows
 
-# %% ../nbs/03_data.ipynb #023eb5ad
+# %% ../nbs/03_data.ipynb #a4c6bc5b
 _ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
 
 def _split_name(
@@ -202,7 +211,7 @@ def _file_split(
     "The split that a file belongs to, by its own name (`train*`, `valid*`, `test*`, or a word of it), else by its folder's."
     stem = path.name.lower().split(".")[0]
     words = re.split("[^a-z]+", stem) + [part.lower() for part in reversed(path.parts[:-1])]
-    start = next((_split_name(w) for w in ("train", "valid", "test") if stem.startswith(w)), "")
+    start = next((_split_name(w) for w in ("train", "valid", "test") if re.match(rf"{w}(ing|ation)?(?![a-z])", stem)), "")
     return start or next((split for w in words if (split := _split_name(w)) in _ALIASES), "")
 
 def _folder_splits(

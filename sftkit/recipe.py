@@ -41,13 +41,14 @@ def _opt(default, group, doc, **limits):
     metadata = dict(group=group, doc=doc, **limits)
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
-# %% ../nbs/00_recipe.ipynb #bb0d0ee1
+# %% ../nbs/00_recipe.ipynb #51265dcc
 def write_atomic(
     path:Path, # the file to write or replace
     text:str, # its whole content
 ):
     "Write `text` beside `path`, flush, and rename: a reader sees the old file or the new one, never a half."
     path = Path(path)
+    if not path.parent.is_dir(): raise RunError(f"There is no folder `{path.parent}` to write `{path.name}` into. Make it first, or give another path.")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text); f.flush(); os.fsync(f.fileno())
@@ -58,7 +59,7 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bn
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 _SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
-# %% ../nbs/00_recipe.ipynb #99931a95
+# %% ../nbs/00_recipe.ipynb #a719c438
 @dataclass(frozen=True, init=False)
 class Recipe:
     """All choices of one run, checked. `Recipe(model=..., data_path=..., project_name=...)` is enough; the rest are defaults.
@@ -176,10 +177,11 @@ class Recipe:
         import yaml
         try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError: raise RecipeError(f"There is no recipe file `{path}`.") from None
+        except (OSError, UnicodeDecodeError) as e: raise RecipeError(f"`{path}` cannot be read as a YAML file ({e}).") from None
         except yaml.YAMLError as e: raise RecipeError(f"`{path}` is not YAML: {e}") from None
         if not isinstance(values, dict): raise RecipeError(f"`{path}` holds no recipe: a mapping such as `model: gpt2` per line is expected.")
         values.pop("about", None)
-        return cls(**values)
+        return cls(**{str(k): v for k, v in values.items()})
 
 # %% ../nbs/00_recipe.ipynb #7a31615a
 def recipe_fields()->dict[str, dataclasses.Field]: # name -> field, in order
@@ -203,7 +205,7 @@ def _to_number(value, integral):
     if number == int(number) and (integral or not isinstance(value, float)): return int(number)
     return None if integral else number
 
-# %% ../nbs/00_recipe.ipynb #f49c3838
+# %% ../nbs/00_recipe.ipynb #8fc181b4
 def _convert(f, value):
     "`value` as the type of field `f`; raises ValueError naming what is accepted."
     accepted, choices = _types(f), f.metadata.get("choices")
@@ -212,7 +214,9 @@ def _convert(f, value):
         if type(None) in accepted: return None
         raise ValueError("a value, not None")
     if isinstance(value, (list, tuple)) and f.name in ("target_modules", "modules_to_save", "eval_metrics", "log"): value = ",".join(map(str, value))
+    if hasattr(value, "item") and getattr(value, "shape", None) == (): value = value.item()      # a number of numpy or torch
     if bool in accepted and isinstance(value, bool): return value
+    if value is False and str in accepted: value = "none" if f.name == "log" else "no" if f.name == "mixed_precision" else value       # YAML reads `no` as False
     if bool in accepted and isinstance(value, str) and value.lower() in _WORDS: return _WORDS[value.lower()]
     for kind in (int, float):
         if kind in accepted and (number := _to_number(value, kind is int)) is not None: return number
@@ -221,11 +225,12 @@ def _convert(f, value):
     names = {str: "text", int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
     raise ValueError(" or ".join(names[t] for t in accepted))
 
-# %% ../nbs/00_recipe.ipynb #833a775c
+# %% ../nbs/00_recipe.ipynb #5cd11f1f
 def _limit(f, value):
     "What is wrong with `value` for field `f`, or None."
     m = f.metadata
     if value is None: return None
+    if isinstance(value, str) and not value.strip(): return f"text that is not empty: {m['doc']}."
     if "choices" in m and value not in m["choices"]: return f"one of {', '.join(map(str, m['choices']))}.{did_you_mean(value, m['choices'])}"
     if "low" in m and value < m["low"]: return f"at least {m['low']}."
     if "above" in m and value <= m["above"]: return f"more than {m['above']}."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
-# %% ../nbs/12_session.ipynb #10567370
-import functools, tempfile, time
+# %% ../nbs/12_session.ipynb #395256fd
+import functools, glob, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
@@ -29,7 +29,7 @@ _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     metrics=dict(names="eval_metrics", save_predictions="eval_save_predictions", max_new_tokens="eval_max_new_tokens"),
     log=dict(names="log"))
 
-# %% ../nbs/12_session.ipynb #bf63460e
+# %% ../nbs/12_session.ipynb #dd003715
 class Session:
     """A plan for fine-tuning `model`. Steps return a new plan; `fit` carries it out.
 
@@ -94,8 +94,8 @@ class Session:
         "Learn from `teacher` too: loss = alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy."
         return self._step("distill", dict(teacher=str(teacher), temperature=temperature, alpha=alpha), use_distillation=True)
 
-    def metrics(self, names, save_predictions:bool|None=None, max_new_tokens:int|None=None)->"Session":
-        "Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas."
+    def metrics(self, names=None, save_predictions:bool|None=None, max_new_tokens:int|None=None)->"Session":
+        "Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas; by default the first three."
         return self._step("metrics", dict(names=names, save_predictions=save_predictions, max_new_tokens=max_new_tokens), use_enhanced_eval=True)
 
     def log(self, names)->"Session":
@@ -292,11 +292,11 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #72e5e535
+# %% ../nbs/12_session.ipynb #0428ef6c
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
-        self.directory, self.recipe = directory, recipe
+        self._directory, self._began, self.recipe = directory, directory.began(), recipe
         self._loaded = (model, tokenizer, encoder, stop_ids) if model is not None else None
 
     @classmethod
@@ -310,6 +310,14 @@ class Run:
             raise RunError(f"There is no run in `{project}`. " + (f"Runs beside it: {', '.join(near[:20])}." if near else "A run is a folder that holds a recipe.yaml."))
         return cls(directory, Recipe.from_yaml(directory.recipe_path))
 
+    @property
+    def directory(self)->RunDirectory:
+        "The folder of this very run: a later run of the same name moves it aside (`my-sft.1`)."
+        if self._began is None: self._began = self._directory.began()
+        elif self._directory.began() != self._began:
+            aside = [RunDirectory(p) for p in self._directory.path.parent.glob(f"{glob.escape(self._directory.path.name)}.*") if p.is_dir()]
+            self._directory = next((d for d in aside if d.began() == self._began), None) or _gone(self._directory.path)
+        return self._directory
     @property
     def path(self)->Path: return self.directory.path
     @property
@@ -431,7 +439,9 @@ class Run:
         from sftkit.view import run_text
         return f"{self.path}: {run_text(self.events)}"
 
-# %% ../nbs/12_session.ipynb #9d9e23db
+# %% ../nbs/12_session.ipynb #2e846a6c
+def _gone(path): raise RunError(f"The run that was in `{path}` is not there any more: another run has taken its name, and no folder beside it holds this one. Run.open(\"{path}\") opens the one that is there.")
+
 def _load_run(run):
     import yaml
     from sftkit.chat import resolve_template

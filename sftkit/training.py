@@ -544,11 +544,12 @@ def started_trackers(
     finally:
         for tracker in trackers: tracker.finish()
 
-# %% ../nbs/07_training.ipynb #cccfd2af
+# %% ../nbs/07_training.ipynb #ad30d311
 def claim(
     r:Recipe,
+    data:Prepared|None=None, # the data of this run; a run that is gone on with must have had the same
 )->tuple[RunDirectory, Path|None]: # the directory, and the checkpoint to go on from
-    "Make the run directory ours. Raises `RunError` if it holds something else, trains already, or holds an unfinished run and `r.resume` doesn't say what to do."
+    "Make the run directory ours. Raises `RunError` if it holds something else, trains already, or holds an unfinished run and `r.resume` doesn't say what to do, or would go on with something else."
     run = RunDirectory(r.project_name)
     if run.path.is_file(): raise RunError(f"`{run.path}` is a file. Choose another project name.")
     if run.path.exists() and not run.exists() and any(p for p in run.path.iterdir() if not _is_stored_data(p)):
@@ -558,11 +559,25 @@ def claim(
     if run.exists() and state != "finished" and checkpoints:
         if r.resume is None:
             raise RunError(f"`{run.path}` holds an unfinished run ({state} at step {checkpoints[-1][0]}). `resume=True` (`--resume`) goes on with it; `resume=False` (`--disable-resume`) starts afresh and keeps it as `{_free_name(run.path).name}`.")
-        if r.resume: return run, checkpoints[-1][1]
+        if r.resume:
+            _same_run(r, data, run)
+            return run, checkpoints[-1][1]
     if run.exists(): _set_aside(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
     run.control_path.unlink(missing_ok=True)
     return run, None
+
+_FREE = {"resume", "token", "log", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "eval_batch_size", "eval_save_predictions", "merge_adapter", "push_to_hub", "hub_model_id", "gpus", "nodes", "distributed_backend", "data_path", "valid_path"}
+
+def _same_run(r, data, run):
+    "Raises `RunError` if the unfinished run was trained with other values or other data, so that going on would give a result that no recipe describes."
+    import yaml
+    was, now = Recipe.from_yaml(run.recipe_path).to_dict(defaults=True), r.to_dict(defaults=True)
+    other = [f"{n} was {was[n]!r}, now {v!r}" for n, v in now.items() if n not in _FREE and was[n] != v]
+    if data is not None:
+        facts, known = yaml.safe_load(run.recipe_path.read_text(encoding="utf-8")).get("about", {}), _data_facts(data)
+        other += [f"the {what} differs" for key, what in (("data_hash", "training data"), ("valid_hash", "evaluation data"), ("template_hash", "chat template")) if key in facts and facts[key] != known[key]]
+    if other: raise RunError(f"The unfinished run in `{run.path}` cannot be gone on with as something else: {'; '.join(other)}. Give it the values it had, or start afresh with `resume=False` (`--disable-resume`), which keeps it aside.")
 
 def _is_stored_data(path): return path.name.startswith("data-") and path.suffix == ".jsonl"
 def _free_name(path): return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
@@ -572,7 +587,10 @@ def _set_aside(path):
     path.mkdir()
     for stored in filter(_is_stored_data, kept.iterdir()): shutil.copy2(stored, path/stored.name)
 
-# %% ../nbs/07_training.ipynb #f7594a5d
+# %% ../nbs/07_training.ipynb #c8466d02
+def _data_facts(data):
+    return dict(data_hash=rows_hash(data.train_rows), valid_hash=rows_hash(data.valid_rows) if data.valid_rows else None, template_hash=data.template and hashlib.sha256(data.template.jinja.encode()).hexdigest()[:16])
+
 def about(
     data:Prepared,
     device:torch.device,
@@ -581,9 +599,7 @@ def about(
     packages = {}
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
         with contextlib.suppress(PackageNotFoundError): packages[name] = version(name)
-    template = data.template and hashlib.sha256(data.template.jinja.encode()).hexdigest()[:16]
-    return dict(started=time.strftime("%Y-%m-%d %H:%M:%S %z"), data_hash=rows_hash(data.train_rows), valid_hash=rows_hash(data.valid_rows) if data.valid_rows else None,
-                template=data.template and data.template.name, template_hash=template, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
+    return dict(started=time.strftime("%Y-%m-%d %H:%M:%S %z"), **_data_facts(data), template=data.template and data.template.name, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
                 device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)))
 
 # %% ../nbs/07_training.ipynb #b3867948
@@ -612,7 +628,7 @@ def unsloth_note()->str:
     if importlib.util.find_spec("unsloth") is None: return "Unsloth is not installed (pip install unsloth; it needs an NVIDIA, AMD or Intel GPU); sftkit's own layers are used instead, with the same results."
     return "Unsloth is installed, but sftkit does not drive this version yet; its own layers are used instead, with the same results."
 
-# %% ../nbs/07_training.ipynb #4a4e07ac
+# %% ../nbs/07_training.ipynb #f82b6e29
 class Trainer:
     "One run. Subclass it and override `preprocess` to turn your rows into rows that sftkit knows."
     def __init__(self,
@@ -641,7 +657,7 @@ class Trainer:
         check_trackers(self.recipe.log)
         check_backend(self.recipe)
         data = self.data
-        run, checkpoint = from_main_process(lambda: claim(self.recipe))
+        run, checkpoint = from_main_process(lambda: claim(self.recipe, data))
         main = process_rank() == 0
         with view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull)) as log:
             try: model = self._run(log, run, data, device, dtype, checkpoint)
