@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -82,8 +83,11 @@ def rate(events):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=12); parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--tiny", action="store_true"); parser.add_argument("--out")
+    parser.add_argument("--tiny", action="store_true"); parser.add_argument("--out"); parser.add_argument("--worker", help="a recipe to carry out as one of several processes")
     a = parser.parse_args()
+    if a.worker:
+        Trainer(Recipe.from_yaml(a.worker)).fit()
+        return 0
     if a.tiny: a.layers, a.hidden = 2, 64
     device = best_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -140,6 +144,19 @@ def main():
     padded = fit(base.replace(project_name="padded", mixed_precision="bf16" if device.type == "cuda" else "no"))
     packed_same = fit(packed.replace(project_name="packed", mixed_precision="bf16" if device.type == "cuda" else "no"))
     check("packing: real tokens per second, packed to padded", True, ratio=rate(packed_same[5]) / rate(padded[5]))
+
+    from sftkit.model import _has_varlen
+    check("rows go without padding, through variable-length flash attention", next(e for e in packed_same[5] if e["kind"] == "plan")["padding_free"] and (_has_varlen(device) or device.type != "cuda"))
+    plain, compiled = (fit(base.replace(project_name=f"compiled-{c}", compile=c, max_steps=6)) for c in (False, True))
+    gap = max(abs(x - y) for x, y in zip(plain[0], compiled[0]))
+    check("compiled layers: the losses of plain ones", gap < (0.05 if device.type == "cuda" else 1e-4), largest_gap=gap, step_ms=1000 * compiled[1], plain_step_ms=1000 * plain[1])
+    if device.type == "cuda":
+        Path("fsdp.yaml").write_text(base.replace(project_name="fsdp", distributed_backend="fsdp", gpus=torch.cuda.device_count() if torch.cuda.device_count() > 1 else None, max_steps=6).to_yaml())
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count()), str(Path(__file__).resolve()), "--worker", "fsdp.yaml"], capture_output=True, text=True)
+        losses = [e["loss"] for e in RunDirectory("fsdp").events() if e["kind"] == "step"] if done.returncode == 0 else []
+        gap = max((abs(x - y) for x, y in zip(losses, plain[0])), default=float("inf")) if torch.cuda.device_count() == 1 else 0.0
+        check("FSDP: the losses of an unsharded model, and a result that loads", len(losses) == 6 and gap < 0.05 and load_base("fsdp") is not None, processes=torch.cuda.device_count(), largest_gap=gap)
+        if done.returncode: print(done.stderr[-3000:])
 
     lora = base.replace(peft=True, lora_dropout=0.0, lr=1e-3, max_steps=4)
     for bits in None, "int4":

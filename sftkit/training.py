@@ -8,7 +8,7 @@ __all__ = ['Prepared', 'prepare', 'Batches', 'PackedBatches', 'batches_of', 'tra
            'check_trackers', 'started_trackers', 'claim', 'about', 'process_rank', 'process_count', 'from_main_process',
            'unsloth_note', 'Trainer', 'trainer_class', 'sample_prompts', 'asked', 'write_samples', 'keep']
 
-# %% ../nbs/07_training.ipynb #53cc0336
+# %% ../nbs/07_training.ipynb #027b464b
 import contextlib, functools, hashlib, importlib, importlib.util, json, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from .chat import missing_markers, resolve_template
 from .data import Encoded, Encoder, Row, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, split_rows, store_rows, text_blocks
 from .evaluate import check_metrics, evaluate, generate
-from .events import EventLog, RunDirectory, flush_folder, this_process
+from .events import EventLog, RunDirectory, flush_folder, process_gone, this_process
 from .memory import read_memory
 from .recipe import DataError, ModelError, Recipe, RunError, SftkitError, write_atomic
 
@@ -269,7 +269,7 @@ def best_evaluation(
         if loss < losses[best] - threshold: best = i
     return best, len(losses) - 1 - best
 
-# %% ../nbs/07_training.ipynb #0b79a283
+# %% ../nbs/07_training.ipynb #a39a2021
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
@@ -324,7 +324,8 @@ class Engine(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm             # of a sharded model each process has a part
         return self.grad_norm
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -544,17 +545,19 @@ def started_trackers(
     finally:
         for tracker in trackers: tracker.finish()
 
-# %% ../nbs/07_training.ipynb #ad30d311
+# %% ../nbs/07_training.ipynb #a8084267
 def claim(
     r:Recipe,
     data:Prepared|None=None, # the data of this run; a run that is gone on with must have had the same
 )->tuple[RunDirectory, Path|None]: # the directory, and the checkpoint to go on from
     "Make the run directory ours. Raises `RunError` if it holds something else, trains already, or holds an unfinished run and `r.resume` doesn't say what to do, or would go on with something else."
     run = RunDirectory(r.project_name)
+    if os.environ.get("SFTKIT_CLAIMED") == str(run.path.absolute()): return run, next(iter(run.checkpoints()[-1:]), (0, None))[1]      # by the process that started this one
     if run.path.is_file(): raise RunError(f"`{run.path}` is a file. Choose another project name.")
     if run.path.exists() and not run.exists() and any(p for p in run.path.iterdir() if not _is_stored_data(p)):
         raise RunError(f"The folder `{run.path}` holds other files and no run of sftkit. Choose another project name, or an empty folder.")
     if run.is_running(): raise RunError(f"A run in `{run.path}` is training right now (process {run.status()['pid']}). Stop it first, or choose another project name.")
+    if "log_from" in run.status() and not process_gone(run.status()): raise RunError(f"The worker of the run in `{run.path}` is about to end (process {run.status()['pid']} still merges, or writes the report). Wait for it with Run.open(\"{run.path}\").wait().")
     state, checkpoints = run.status().get("state"), run.checkpoints()
     if run.exists() and state != "finished" and checkpoints:
         if r.resume is None:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'few_marks',
            'smooth', 'series', 'nice_ticks', 'curve_svg', 'panels_svg', 'svg_image', 'gauge_html', 'compare_html',
-           'run_text', 'run_html', 'preview_html', 'preview_text', 'plan_html', 'plan_text', 'report_html',
-           'history_figure']
+           'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_rows', 'chat_html', 'chat_text',
+           'run_curves', 'overlay_svg', 'results_table', 'differences_table', 'overlay_html', 'overlay_text',
+           'plan_html', 'plan_text', 'report_html', 'history_figure']
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
@@ -666,6 +667,154 @@ def preview_text(
             shown = visible(clip(text, 4000)).replace("\n", "↵").replace("\t", "→")
             out.append(f"  {visible(clip(role, 40)):<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
     return "\n".join(out)
+
+# %% ../nbs/09_view.ipynb #6e8ea9de
+def preview_rows(
+    encoded_rows:list, # as for `preview_html`
+    tokenizer_decode, # id -> str
+    prompts:list|None=None, # per row (ids, text) that inference will send, or None
+    max_tokens:int=600, # per row; the rest is counted
+)->dict: # JSON: rows of {where, note, tokens, prompt}, a token being [text, id, style, gap, what, right to left] or a number left out; styles of {key: [css, role, state]}
+    "The preview as data: what `preview_html` draws, for a page that draws by itself."
+    rows, styles = [], {}
+    for i, row in enumerate(encoded_rows):
+        tokens = []
+        for t in _clip_tokens(_tokens(row, tokenizer_decode), max_tokens):
+            if isinstance(t, int): tokens.append(t); continue
+            key = f"{clip(t['role'], 40)}|{t['state']}"
+            styles[key] = [_token_style(t["role"], t["state"]), visible(clip(t["role"], 40)), t["state"]]
+            tokens.append([clip(_spaces(t["text"]), 200), t["id"], key, clip(_spaces(t["gap"]), 200), t["what"], any(unicodedata.bidirectional(c) in ("R", "AL") for c in t["text"])])
+        trained, total, cut = _row_counts(row)
+        note = f"{trained:,} of {total:,} tokens trained" + (f", {cut:,} cut off" if cut else "")
+        rows.append(dict(where=visible(clip(row.get("where") or f"row {i + 1}", 200)), note=note, tokens=tokens, prompt=_prompt_words(row, prompts[i] if prompts else None)))
+    return dict(rows=rows, styles=styles)
+
+def _prompt_words(row, prompt): # {text, note, same}: what inference sends, and whether training saw it so
+    if prompt is None: return None
+    ids, text = prompt
+    same = [*row["input_ids"], *row["cut_ids"]][:len(ids)] == list(ids)
+    note = f"{len(ids):,} tokens, " + ("the very beginning of the row as it is trained" if same else "not the beginning of the row as it is trained: this template writes earlier turns differently")
+    return dict(text=visible(clip(text, 4000)), note=note, same=same)
+
+# %% ../nbs/09_view.ipynb #c20c4905
+def chat_html(
+    turns:list, # dicts: user; tuned and base (text, or None if not asked); note (stopped, or an error) or ""
+    title:str="chat", # of the run
+    max_turns:int=30, # the last are shown; the rest is counted
+)->str: # HTML with inline styles only
+    "A conversation at rest, base and tuned side by side."
+    cell = f"text-align:left;vertical-align:top;padding:6px 14px 6px 0;border:0;border-top:{_RULE};font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere"
+    names = [n for n in ("base", "tuned") if any(t.get(n) is not None for t in turns)]
+    body = []
+    for t in turns[-max_turns:]:
+        body.append(_tag("tr", _tag("td", _tag("b", "you") + " " + html_escape(t["user"], 4000), colspan=max(len(names), 1), style=cell), style="background:transparent"))
+        answers = "".join(_tag("td", _tag("span", name, style="opacity:.7") + " " + html_escape(t[name] if t.get(name) is not None else "–", 4000), style=cell.replace("border-top:" + _RULE, "border-top:0")) for name in names)
+        if answers: body.append(_tag("tr", answers, style="background:transparent"))
+        if t.get("note"): body.append(_tag("tr", _tag("td", "⚠ " + html_escape(t["note"], 1200), colspan=max(len(names), 1), style=cell.replace("border-top:" + _RULE, "border-top:0")), style="background:transparent"))
+    foot = _tag("div", f"{len(turns) - max_turns:,} earlier turns are not shown", style=_SMALL) if len(turns) > max_turns else ""
+    table = _tag("table", _tag("tbody", "".join(body)), style=f"{_TABLE};table-layout:fixed") if turns else _tag("div", "nothing was said yet", style=_SMALL)
+    return _tag("div", _heading(title) + foot + table, style=f"{_BOX};max-width:960px")
+
+def chat_text(
+    turns:list, # as for `chat_html`
+)->str: # lines
+    "A conversation for a terminal or a log."
+    out = []
+    for t in turns:
+        out += [f"{name:>5}: {visible(clip(text, 4000))}" for name, text in (("you", t["user"]), ("base", t.get("base")), ("tuned", t.get("tuned"))) if text is not None]
+        if t.get("note"): out.append(f"    !  {visible(clip(t['note'], 1200))}")
+    return "\n".join(out) or "nothing was said yet"
+
+# %% ../nbs/09_view.ipynb #bc3ffed0
+_RUN_INKS = ("#3b7dd8", "#d9780a", "#16946a", "#9a67c4", "#c2467e", "#7d838c", "#a8861b", "#2a9bb0")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
+
+def run_curves(
+    events, # events of a run, or a `Progress`
+    max_points:int=2000, # per curve
+)->dict: # JSON: loss and evals as [[step, value or None], ...]; smoothed when there are enough steps
+    "The curves with which a run is compared."
+    p = _as_progress(events)
+    x, y = _column(p.steps, "loss")
+    y = smooth(x, y) if len(x) > _FEW else y
+    ex, ey = _column(p.evals, "loss")
+    points = lambda x, y: [[x[i], round(y[i], 5) if math.isfinite(y[i]) else None] for i in (decimate(y, max_points) if x else [])]
+    return dict(loss=points(x, y), evals=points(ex, ey))
+
+def overlay_svg(
+    runs:dict, # name -> what `run_curves` returns
+    width:int=700, height:int=300, # in pixels
+)->str: # one <svg> element, readable on light and dark
+    "The losses of several runs on common axes."
+    number = lambda v: math.nan if v is None else v
+    curves = [(name, {k: ([a for a, _ in c[k]], [number(b) for _, b in c[k]]) for k in ("loss", "evals")}) for name, c in runs.items()]
+    values = [v for _, c in curves for k in c for v in c[k][1] if math.isfinite(v)]
+    last = max([1, *(a for _, c in curves for k in c for a in c[k][0])])
+    low, high, _ = _loss_range(dict(loss=((), values)))
+    left, top, right, bottom = box = 52, 28, width - 40, height - 42
+    fx = lambda v: left + v / last * (right - left)
+    fy = lambda v: bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - top)
+    body, ends = [_svg_axes(box, fx, fy, nice_ticks(0, last, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55)))], []
+    for i, (name, c) in enumerate(curves):
+        ink = _RUN_INKS[i % len(_RUN_INKS)]
+        dash = dict(stroke_dasharray=_DASHES[i % len(_DASHES)]) if _DASHES[i % len(_DASHES)] else {}
+        body.append(_tag("path", _tag("title", html_escape(name, 200)), d=_path(*c["loss"], fx, fy), fill="none", stroke=ink, stroke_width=2, stroke_linejoin="round", **dash))
+        body += [_tag("circle", cx=float(fx(a)), cy=float(fy(b)), r=3.4, fill="none", stroke=ink, stroke_width=2) for a, b in zip(*c["evals"]) if math.isfinite(b)]
+        end = next(((a, b) for a, b in zip(reversed(c["loss"][0]), reversed(c["loss"][1])) if math.isfinite(b)), None)
+        if end: ends.append([fy(end[1]) + 4, fx(end[0]) + 7, str(i + 1), ink])
+    for before, after in zip(sorted(ends), sorted(ends)[1:]): after[0] = max(after[0], before[0] + 12)
+    body += [_svg_text(x, y, label, ink=ink, size=11.5, font_weight=600) for y, x, label, ink in ends]
+    if not values: body.append(_svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
+    return _svg(width, height, "".join(body), role="img", aria_label="loss of several runs by optimizer step", font_family=_FONT)
+
+# %% ../nbs/09_view.ipynb #6944e7f8
+def results_table(
+    runs:dict, # name -> events, or a `Progress`
+)->list: # [[heading, ...], [name, state, ...], ...], all text
+    "What came of several runs: a row per run."
+    head = ["", "run", "state", "steps", "loss", "best evaluation", "perplexity", "time", "tokens/s", "memory peak"]
+    rows = []
+    for i, (name, events) in enumerate(runs.items(), 1):
+        p = _as_progress(events)
+        f, best = p.facts(), min((_number(e.get("loss")) for e in p.evals if math.isfinite(_number(e.get("loss")))), default=None)
+        speed = human_number(round(f["tokens_per_second"])) if f["tokens_per_second"] else "–"
+        rows.append([str(i), name, _STATES.get(f["state"], f["state"] or "–"), f"{f['step']:,}" + (f" / {f['total_steps']:,}" if f["total_steps"] and f["total_steps"] != f["step"] else ""),
+                     human_number(f["smooth_loss"]), human_number(best), human_number(f["perplexity"]), human_seconds(f["elapsed"]), speed, human_bytes(f["peak_bytes"])])
+    return [head, *([visible(clip(v, 200)) for v in row] for row in rows)]
+
+def differences_table(
+    differences:dict, # recipe field -> list of values, one per run
+    names:list, # of the runs
+)->list: # [["field", name, ...], [field, value, ...], ...], all text
+    "Where recipes differ, as a table."
+    shown = lambda v: "–" if v is None else _SECRET.sub("•••", v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))
+    return [["field", *(f"{i} {visible(clip(n, 80))}" for i, n in enumerate(names, 1))], *([visible(clip(k, 80)), *(visible(clip(shown(v), 400)) for v in values)] for k, values in differences.items())]
+
+def _grid(table): # a table with a heading, as `results_table` makes it
+    cell = f"text-align:left;vertical-align:top;padding:3px 14px 3px 0;border:0;border-top:{_RULE};font-size:12px;overflow-wrap:anywhere"
+    head = "".join(_tag("th", html_escape(v), style=f"{cell};border-top:0;font-weight:600;opacity:.75") for v in table[0])
+    body = "".join(_tag("tr", "".join(_tag("td", html_escape(v), style=cell) for v in row), style="background:transparent") for row in table[1:])
+    return _tag("table", _tag("thead", _tag("tr", head, style="background:transparent")) + _tag("tbody", body), style=f"{_TABLE};width:auto;max-width:100%")
+
+def overlay_html(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+    max_points:int=600, # per curve
+)->str: # HTML with inline styles only
+    "Runs side by side at rest: curves, results, and where the recipes differ."
+    key = " &nbsp; ".join(_tag("span", _tag("b", str(i + 1), style=f"color:{_RUN_INKS[i % len(_RUN_INKS)]}") + " " + html_escape(name, 200)) for i, name in enumerate(runs))
+    picture = svg_image(overlay_svg({name: run_curves(e, max_points) for name, e in runs.items()}), f"losses of {len(runs)} runs", "width:100%;max-width:760px;height:auto;display:block")
+    other = _grid(differences_table(differences, list(runs))) if differences else _tag("div", "the recipes do not differ", style=_SMALL)
+    return _tag("div", _heading("runs compared") + _tag("div", key, style="font-size:12px;overflow-wrap:anywhere") + picture + _grid(results_table(runs)) + _heading("where the recipes differ") + other, style=f"{_BOX};max-width:960px")
+
+def overlay_text(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+)->str: # two aligned tables
+    "Runs side by side for a terminal."
+    tables = [results_table(runs)] + ([differences_table(differences, list(runs))] if differences else [])
+    widths = [[max(len(row[i]) for row in t) for i in range(len(t[0]))] for t in tables]
+    return "\n\n".join("\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, wide)).rstrip() for row in t).replace("\t", " ") for t, wide in zip(tables, widths))
 
 # %% ../nbs/09_view.ipynb #e3d54148
 def plan_html(
