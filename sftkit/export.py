@@ -28,16 +28,21 @@ class Merged:
         trained = "" if self.trained_difference is None else f"; {self.trained_difference:.2g} to the quantised model as trained"
         return f"{self.path}: merged in {self.dtype}; over {self.positions} tokens, logits differ by at most {self.max_difference:.2g} from base and adapter{trained}"
 
-# %% ../nbs/08_export.ipynb #70fe2bb9
+# %% ../nbs/08_export.ipynb #f4afcc1e
 @torch.no_grad()
 def _logits(model, examples):
     "Logits of each example in fp32 on the CPU, (tokens, vocabulary)."
     device = next(model.parameters()).device
     return [model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu() for ids in examples]
 
-def _difference(a, b): return max(float((x - y).abs().max()) for x, y in zip(a, b))
+def _difference(a, b): return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b)]).max())       # nan, if there is one
 
-# %% ../nbs/08_export.ipynb #047ba12a
+def _umask(): # the process's mask can only be read by setting it
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+# %% ../nbs/08_export.ipynb #6498bc04
 def merge(
     folder:str|Path, # a run directory or checkpoint that holds an adapter
     out:str|Path, # a new folder; written completely or not at all
@@ -47,7 +52,8 @@ def merge(
     trust_remote_code:bool=False,
 )->Merged:
     "Merge an adapter into its full-precision base, write the whole model with tokenizer and chat template, load it again and compare. Raises `RunError` if there is no adapter or `out` holds something."
-    folder, out = Path(folder), Path(out)
+    folder, out, examples = Path(folder), Path(out), [list(ids) for ids in examples if len(ids)]
+    if not examples: raise RunError("There is nothing to compare the merged model on: `examples` is empty. Give the token ids of a row or more, e.g. examples=[plan.encode(row)['input_ids']].")
     if not (folder/"adapter_config.json").exists():
         raise RunError(f"`{folder}` holds no adapter" + (": it is already a whole model." if (folder/"config.json").exists() else " and no model. Train it first."))
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise RunError(f"`{out}` exists already. Give a new folder.")
@@ -64,6 +70,7 @@ def merge(
         loaded = load_base(str(aside), "auto", device, trust_remote_code=trust_remote_code)
         again = _logits(loaded, examples)
         flush_folder(aside)
+        aside.chmod(0o777 & ~_umask())            # mkdtemp makes it for its owner alone
         if out.exists(): out.rmdir()
         os.replace(aside, out)
     finally: shutil.rmtree(aside, ignore_errors=True)

@@ -292,7 +292,7 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #0428ef6c
+# %% ../nbs/12_session.ipynb #feab9e81
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
@@ -405,7 +405,8 @@ class Run:
         from sftkit.training import prepare
         model, *_ = self._parts()
         if examples is None: examples = [e["input_ids"] for e in prepare(self.recipe).train.examples[:4]]
-        result = merge(self.path, out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code)
+        whole = any((self.path/n).exists() for n in ("config.json", "adapter_config.json"))
+        result = merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code)
         log = EventLog(self.directory.events_path)
         log.append("note", level="info", text=f"Merged model in {result!r}.")
         log.close()

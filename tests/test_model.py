@@ -85,3 +85,21 @@ def test_a_gguf_file_is_read_and_trained_on(tmp_path):
     with torch.no_grad(): theirs = whole(ids).logits
     assert torch.equal(ours, theirs)
     with pytest.raises(ModelError, match="no file"): Session(str(tmp_path/"none.gguf"), project=str(tmp_path/"x")).data(str(tmp_path/"d.jsonl")).fit()
+
+
+def test_merged_folder_can_be_read_by_others_and_its_difference_is_honest(tmp_path):
+    import os, stat
+    from sftkit.export import _difference, merge
+    from sftkit.recipe import RunError
+    run = (Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4).options(batch_size=4, gradient_accumulation=1, epochs=1, lr=1e-2, save_steps=1).fit())
+    with pytest.raises(RunError, match="`examples` is empty"): merge(run.path, tmp_path/"empty", [[]])
+    assert not (tmp_path/"empty").exists()
+    before = os.umask(0o022)
+    try: run.merge(tmp_path/"merged")
+    finally: os.umask(before)
+    assert stat.S_IMODE((tmp_path/"merged").stat().st_mode) == 0o755
+    nan = _difference([torch.tensor([1.0]), torch.tensor([1.0, 2.0])], [torch.tensor([1.0]), torch.tensor([float("nan"), 2.0])])
+    assert nan != nan
+    for path in run.path.iterdir():                                  # as if it had been interrupted: weights in checkpoints alone
+        if path.is_file() and path.suffix in (".safetensors", ".json"): path.unlink()
+    assert Run.open(run.path).merge(tmp_path/"again").max_difference < 1e-3
