@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.export.Merged.__repr__': ('export.html#merged.__repr__', 'sftkit/export.py'),
                                'sftkit.export._difference': ('export.html#_difference', 'sftkit/export.py'),
                                'sftkit.export._logits': ('export.html#_logits', 'sftkit/export.py'),
+                               'sftkit.export._umask': ('export.html#_umask', 'sftkit/export.py'),
                                'sftkit.export.merge': ('export.html#merge', 'sftkit/export.py')},
             'sftkit.launch': { 'sftkit.launch._meeting_place': ('launch.html#_meeting_place', 'sftkit/launch.py'),
                                'sftkit.launch.launch': ('launch.html#launch', 'sftkit/launch.py'),

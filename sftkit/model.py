@@ -42,7 +42,7 @@ def compute_dtype(
         raise ModelError(f"`mixed_precision='bf16'` needs a GPU of the Ampere generation (2020) or later; this is {name}. Use 'fp16'." if device.type == "cuda" else f"`mixed_precision='bf16'` is not available on {name}. Use 'no'.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[mixed_precision]
 
-# %% ../nbs/04_model.ipynb #d645e0a8
+# %% ../nbs/04_model.ipynb #61e92a7f
 def _load(what, source, load, **kw):
     "Call `load(source, **kw)`; what transformers says about a missing or unreadable model becomes one clear `ModelError`."
     if source.endswith(".gguf"):
@@ -54,6 +54,7 @@ def _load(what, source, load, **kw):
     if is_path and not Path(source).exists(): raise ModelError(f"There is no folder `{source}`. `model` is a folder that holds a model, or a hub id such as `org/name`.")
     try: return load(source, **kw)
     except (OSError, ValueError, KeyError) as e:
+        if "trust_remote_code" in str(e): raise ModelError(f"`{source}` comes with Python code of its own, which runs only where you say so: `trust_remote_code=True` (`--trust-remote-code`), for a model whose authors you trust.") from e
         raise ModelError(f"The {what} of `{source}` could not be loaded ({type(e).__name__}: {str(e).strip().splitlines()[0][:300]}). Give a folder with config.json, "
                          "safetensors weights and tokenizer files, or the id of a model on the hub that you may read.") from e
 

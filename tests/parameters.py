@@ -14,6 +14,8 @@ SHOWN_BY = dict(
     target_modules="06", merge_adapter="08", use_dora="08", use_rslora="test_every_lora_option_trains_reloads_merges_and_knows_its_base", init_lora_weights="test_every_lora_option_trains_reloads_merges_and_knows_its_base",
     modules_to_save="test_every_lora_option_trains_reloads_merges_and_knows_its_base", quantization="07", mixed_precision="27", use_flash_attention_2="28", gradient_checkpointing="22",
     unsloth="28", packing="21", use_distillation="17", teacher_model="17", distill_temperature="17", distill_alpha="17", use_enhanced_eval="18", eval_metrics="18", eval_save_predictions="18", eval_samples="18",
+    weight_decay="test_weight_decay_shrinks_what_a_step_leaves", max_grad_norm="test_max_grad_norm_bounds_the_step", eval_batch_size="test_eval_batch_size_changes_no_evaluation",
+    teacher_quantization="test_a_quantised_teacher_is_held_in_4_bit", trust_remote_code="test_code_that_comes_with_a_model_runs_only_when_trusted", compile="test_compiled_layers_train_alike", nodes="30",
     eval_max_new_tokens="18", log="29", distributed_backend="30", gpus="30", token="test_secrets_stay_out")
 
 

@@ -103,3 +103,58 @@ def test_merged_folder_can_be_read_by_others_and_its_difference_is_honest(tmp_pa
     for path in run.path.iterdir():                                  # as if it had been interrupted: weights in checkpoints alone
         if path.is_file() and path.suffix in (".safetensors", ".json"): path.unlink()
     assert Run.open(run.path).merge(tmp_path/"again").max_difference < 1e-3
+
+
+def weights(run):
+    from safetensors.torch import load_file
+    return load_file(run.path/"model.safetensors")
+
+
+def test_weight_decay_shrinks_what_a_step_leaves(tmp_path):
+    """AdamW (arXiv:1711.05101): decay is apart from the gradient's step, so one step with decay differs by lr * decay * weight; norms and biases are spared."""
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"a")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=16, gradient_accumulation=1, max_steps=1, lr=1e-2, warmup_ratio=0.0, scheduler="constant")
+    before = {n: p.detach().clone() for n, p in load_base(str(tmp_path/"m")).named_parameters()}
+    plain, decayed = weights(plan.fit()), weights(Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/"b"), weight_decay=0.5)).fit())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.allclose(plain[name] - decayed[name], 1e-2 * 0.5 * before[name], atol=1e-6)
+    assert torch.equal(plain["model.norm.weight"], decayed["model.norm.weight"])
+
+
+def test_max_grad_norm_bounds_the_step(tmp_path):
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"a")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=16, gradient_accumulation=1, max_steps=1, lr=1.0, warmup_ratio=0.0, scheduler="constant", optimizer="sgd")
+    before = {n: p.detach().clone() for n, p in load_base(str(tmp_path/"m")).named_parameters()}
+    def moved(run): return torch.sqrt(sum((p - before[n]).square().sum() for n, p in weights(run).items() if n in before))
+    clipped = Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/"b"), max_grad_norm=0.01)).fit()
+    free = Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/"c"), max_grad_norm=0.0)).fit()
+    assert abs(moved(clipped) - 0.01) < 1e-5
+    norm = free.history.grad_norm.iloc[0]
+    assert norm > 0.02 and abs(moved(free) - norm) < 1e-4 * norm and clipped.history.grad_norm.iloc[0] == pytest.approx(norm)      # the norm on record is that before clipping
+
+
+def test_eval_batch_size_changes_no_evaluation(tmp_path):
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"a")).data(write_jsonl(tmp_path/"d.jsonl", ROWS), eval=5).options(batch_size=4, gradient_accumulation=1, epochs=1)
+    one, three = (next(e["loss"] for e in Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/f"e{n}"), eval_batch_size=n)).fit().events if e["kind"] == "eval") for n in (1, 3))
+    assert abs(one - three) < 1e-5
+
+
+def test_a_quantised_teacher_is_held_in_4_bit(tmp_path):
+    import bitsandbytes as bnb
+    from sftkit.model import load_teacher
+    folder = save_tiny(tmp_path/"m", hidden=64)
+    recipe = Recipe(model=folder, data_path="d", project_name="p", use_distillation=True, teacher_model=folder, teacher_quantization="int4")
+    teacher = load_teacher(recipe, torch.device("cpu"), torch.float32)
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in teacher.modules()) == 14 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_code_that_comes_with_a_model_runs_only_when_trusted(tmp_path):
+    import json
+    folder = tmp_path/"m"
+    save_tiny(folder)
+    (folder/"modeling_own.py").write_text("from transformers import LlamaConfig, LlamaForCausalLM\nfrom pathlib import Path\nPath(__file__).with_name('ran').write_text('x')\n"
+                                          "class OwnConfig(LlamaConfig): model_type = 'own'\nclass OwnModel(LlamaForCausalLM): config_class = OwnConfig\n")
+    config = json.loads((folder/"config.json").read_text()) | dict(model_type="own", auto_map={"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"})
+    (folder/"config.json").write_text(json.dumps(config))
+    plan = Session(str(folder), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, max_steps=1)
+    with pytest.raises(ModelError, match="trust_remote_code"): plan.fit()
+    assert not (tmp_path/"r").exists()
+    assert type(plan.fit(trust_remote_code=True).model).__name__ == "OwnModel"
