@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'sftkit.chat._Writer.ends': ('chat.html#_writer.ends', 'sftkit/chat.py'),
                              'sftkit.chat._Writer.text': ('chat.html#_writer.text', 'sftkit/chat.py'),
                              'sftkit.chat._Writer.usual': ('chat.html#_writer.usual', 'sftkit/chat.py'),
+                             'sftkit.chat._a': ('chat.html#_a', 'sftkit/chat.py'),
                              'sftkit.chat._arguments_as_text': ('chat.html#_arguments_as_text', 'sftkit/chat.py'),
                              'sftkit.chat._changes': ('chat.html#_changes', 'sftkit/chat.py'),
                              'sftkit.chat._check_kept': ('chat.html#_check_kept', 'sftkit/chat.py'),

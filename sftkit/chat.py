@@ -153,7 +153,9 @@ def missing_markers(
     ids = {marker: tokenizer.encode(marker, add_special_tokens=False) for marker in template.markers}
     return [marker for marker, found in ids.items() if len(found) != 1 or found[0] == unknown]
 
-# %% ../nbs/02_chat.ipynb #0495f52f
+# %% ../nbs/02_chat.ipynb #085dac59
+def _a(noun): return ("an " if noun[0] in "aei" else "a ") + noun
+
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
           "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"}
 _FOLLOWS = {None: ("system", "user"), "system": ("user", "assistant"), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
@@ -172,7 +174,7 @@ def check_messages(
         message = _clean_message(message, f"{where}, message {n}")
         role = message["role"]
         if role not in _FOLLOWS[before]:
-            raise DataError(f"{where}, message {n}: a {role} message cannot {f'follow a {before} message' if before else 'open a conversation'}; here comes: {', '.join(_FOLLOWS[before])}. "
+            raise DataError(f"{where}, message {n}: {_a(role)} message cannot {f'follow {_a(before)} message' if before else 'open a conversation'}; here comes: {', '.join(_FOLLOWS[before])}. "
                             f"{_ORDER_HINTS.get((before, role), 'Reorder the messages, or drop this row.')}")
         clean.append(message); before = role
     if needs_reply and not any(m["role"] == "assistant" for m in clean):
@@ -180,7 +182,7 @@ def check_messages(
     return clean
 
 _ORDER_HINTS = {("user", "user"): "Merge the two into one message.", ("assistant", "assistant"): "Merge the two into one message.", ("system", "system"): "Merge the two into one message.",
-                (None, "assistant"): "Put the user message that it answers before it, or a system message."}
+                (None, "assistant"): "Put the user message that it answers before it, or a system message; or drop such openings with .map(lambda row: {**row, 'messages': row['messages'][1:]})."}
 
 def _short(value): # -> a few characters of any value, for messages
     text = repr(value)

@@ -285,7 +285,7 @@ def _engines_to_come(r):
     asked = dict(push_to_hub=r.push_to_hub)
     return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
 
-# %% ../nbs/00_recipe.ipynb #986eda6b
+# %% ../nbs/00_recipe.ipynb #7943e7a4
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
@@ -306,7 +306,7 @@ def conflicts(
     if r.max_steps == 0: found.append("`max_steps` is 0, which trains nothing; accepted: a number of steps, or -1 for as many as the epochs take.")
     if r.block_size in (0, 1): found.append(f"`block_size` is {r.block_size}; accepted: -1 (off), or at least 2 tokens.")
     if r.block_size > r.max_seq_length: found.append(f"`block_size={r.block_size}` is more than `max_seq_length={r.max_seq_length}`: raise `max_seq_length` to {r.block_size} or lower `block_size`.")
-    if isinstance(r.valid_split, (int, float)) and not isinstance(r.valid_split, bool) and r.valid_split <= 0: found.append(f"`valid_split` is {r.valid_split}; accepted: a split's name, a share such as 0.1, or a number of rows.")
+    if isinstance(r.valid_split, (int, float)) and not isinstance(r.valid_split, bool) and (r.valid_split <= 0 or r.valid_split == 1): found.append(f"`valid_split` is {r.valid_split}; accepted: a split's name, a share such as 0.1, or a number of rows (2 or more).")
     if isinstance(r.valid_split, (int, float)) and r.valid_path: found.append("`valid_path` and a share of the training rows in `valid_split` are both given: keep one.")
     if r.use_dora and r.use_rslora and r.quantization == "int8": found.append("`use_dora` does not work on an int8 base: use `quantization=\"int4\"` or no quantisation.")
     if r.trainer != "sft" and ":" not in r.trainer: found.append(f"`trainer` is {r.trainer!r}; accepted: `sft`, or `module:Class` of a subclass of `sftkit.training.Trainer`.")
