@@ -29,7 +29,7 @@ _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     metrics=dict(names="eval_metrics", save_predictions="eval_save_predictions", max_new_tokens="eval_max_new_tokens"),
     log=dict(names="log"))
 
-# %% ../nbs/12_session.ipynb #dd003715
+# %% ../nbs/12_session.ipynb #1ac88bad
 class Session:
     """A plan for fine-tuning `model`. Steps return a new plan; `fit` carries it out.
 
@@ -192,6 +192,16 @@ class Session:
         if fields: return self.options(**fields).fit(renderer)
         return _fit(self, renderer)
 
+    def start(self,
+        renderer:str|None=None, # as for `fit`
+        **fields, # fields of the recipe, e.g. epochs=3, gpus=2
+    )->"Run":
+        """Train in a worker process, watched live, and return at once: the notebook stays free, the run outlives its kernel, and the GPU is wholly released at the end.
+
+        Mistakes in plan, data or run directory raise here, before the worker starts; what goes wrong later is in `run.state` and is raised by `run.wait()`."""
+        if fields: return self.options(**fields).start(renderer)
+        return _start(self, renderer)
+
     def _facts(self):
         "What will happen, as far as it is known without weights."
         return _plan_facts(self)
@@ -268,7 +278,7 @@ def script(
     options = ",\n                   ".join(f"{k}={v!r}" for k, v in fields.items())
     return (f"from sftkit import Session\n\nplan = ({lines})\n\nif __name__ == \"__main__\":\n    run = plan.fit({options})\n    print(\"Report:\", run.report())\n")
 
-# %% ../nbs/12_session.ipynb #1e56c6c6
+# %% ../nbs/12_session.ipynb #88ec5395
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     from sftkit.launch import wants_processes
@@ -285,6 +295,17 @@ def _fit(plan, renderer=None):
     if recipe.merge_adapter and process_rank() == 0 and done.state == "finished": done.merge(run.path/"merged", [e["input_ids"] for e in data.train.examples[:4]])
     return done
 
+def _start(plan, renderer=None):
+    from sftkit.launch import process_count_for, start_worker, wants_processes
+    from sftkit.training import claim
+    recipe = _portable(plan).recipe
+    if wants_processes(recipe): process_count_for(recipe)      # raises where there are too few GPUs
+    data = plan._work.data
+    directory, _ = claim(recipe, data)
+    plan._store()
+    start_worker(recipe, directory)
+    return Run(directory, recipe).watch(renderer)
+
 def train(
     recipe:Recipe, # the flat form of a plan
     renderer:str|None=None, # as for `Session.fit`
@@ -292,7 +313,7 @@ def train(
     "Carry out a recipe."
     return Session.from_recipe(recipe).fit(renderer)
 
-# %% ../nbs/12_session.ipynb #feab9e81
+# %% ../nbs/12_session.ipynb #56eb1646
 class Run:
     "A run that was, is, or was interrupted."
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
@@ -418,6 +439,23 @@ class Run:
         path = Path(path) if path else self.path/"report.html"
         write_atomic(path, _report(self))
         return path
+
+    def watch(self, renderer:str|None=None)->"Run":
+        "Follow the run live, from any notebook or terminal, also after a reload or a new kernel. Returns at once; the view ends with the run."
+        from sftkit.widgets import watch
+        watch(self.path, renderer, on_request=self.directory.request)
+        return self
+    def wait(self,
+        timeout:float|None=None, # seconds; None: as long as it takes
+    )->"Run":
+        "Wait until the run and its worker have ended. Interrupting stops the waiting alone. Raises `RunError` if the run failed, or its process died, and `TimeoutError`."
+        from sftkit.events import RUNNING, process_gone
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while (last := self.directory.status()).get("state") in RUNNING or ("log_from" in last and not process_gone(last)):
+            if time.monotonic() > end: raise TimeoutError(f"`{self.path}` is still {last['state']} after {timeout:g} seconds. It goes on; run.wait() waits for its end.")
+            time.sleep(0.1)
+        if last.get("state") in ("failed", "died"): raise RunError(f"The run in `{self.path}` {last['state']}. {last.get('error') or ''}".strip())
+        return self
 
     def pause(self):
         "Ask the training process to wait after its current step."

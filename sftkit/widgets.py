@@ -262,7 +262,7 @@ def make_renderer(
     if kind == "widget": return WidgetRenderer(title, on_request if clicks_arrive(blocking) else None)
     return HtmlRenderer(title) if kind == "html" else TerminalRenderer(title, bar=kind == "terminal")
 
-# %% ../nbs/10_widgets.ipynb #999bfeb1
+# %% ../nbs/10_widgets.ipynb #cd618b84
 _log = logging.getLogger("sftkit")
 
 class Publisher(threading.Thread):
@@ -300,7 +300,7 @@ class Publisher(threading.Thread):
             self._quiet_since = time.monotonic()
             status = self.directory.status()
             if status.get("state") == "died":
-                self.progress.add([{"kind": "state", "state": "died", "error": "The process that trained here is gone."}])
+                self.progress.add([status])
                 self._safely(self.renderer.push, [], self.progress)
 
     def run(self):
