@@ -8,7 +8,7 @@ __all__ = ['FLAT', 'best_device', 'compute_dtype', 'load_tokenizer', 'add_tokens
            'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'earlier_weights',
            'load_for_training', 'save_model', 'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum',
            'distillation_sums', 'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'use_flat_attention',
-           'plain_attention', 'flat_batch', 'check_flat', 'mean_token_loss', 'sample_model']
+           'plain_attention', 'flat_batch', 'split_batch', 'check_flat', 'mean_token_loss', 'sample_model']
 
 # %% ../nbs/04_model.ipynb #bde37959
 import contextlib, functools, importlib.util, inspect, logging, os, shutil, tempfile, warnings
@@ -579,6 +579,31 @@ def flat_batch(
     edges = torch.cat([starts, torch.tensor([real.sum()])]).to(torch.int32)
     flat["labels"][starts] = -100
     return {**{k: v[None] for k, v in flat.items()}, "cu_seq_lens": edges, "max_length": int(edges.diff().max()), **{k: v for k, v in batch.items() if k not in (*flat, "documents", "attention_mask")}}
+
+def split_batch(
+    batch:dict, # as `data.collate`, `data.collate_packed` or `flat_batch` make it
+    most:int|None, # tokens of a piece, padding included; a row (in a flat batch: a document) of more is a piece by itself; None: the batch as it is
+)->list: # batches of the same rows in the same order; their summed losses add up to that of the whole
+    "Cut a batch between its rows."
+    ids = batch["input_ids"]
+    if most is None or ids.numel() <= most: return [batch]
+    if "cu_seq_lens" in batch: return _split_flat(batch, most)
+    rows, real = max(1, most // ids.shape[1]), batch["documents" if "documents" in batch else "attention_mask"] > 0
+    pieces = []
+    for at in range(0, len(ids), rows):
+        used = real[at:at + rows].any(0).nonzero()[:, 0]
+        pieces.append({k: v[at:at + rows, used[0]:used[-1] + 1] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.shape == ids.shape})
+    return pieces
+
+def _split_flat(batch, most):
+    edges, cuts = batch["cu_seq_lens"].tolist(), [0]
+    for i in range(1, len(edges) - 1):
+        if edges[i + 1] - edges[cuts[-1]] > most: cuts.append(i)
+    pieces = []
+    for i, j in zip(cuts, [*cuts[1:], len(edges) - 1]):
+        starts = batch["cu_seq_lens"][i:j + 1] - edges[i]
+        pieces.append({**{k: batch[k][:, edges[i]:edges[j]] for k in ("input_ids", "labels", "position_ids")}, "cu_seq_lens": starts, "max_length": max(b - a for a, b in zip(edges[i:j], edges[i + 1:j + 1]))})
+    return pieces
 
 # %% ../nbs/04_model.ipynb #196c2917
 @torch.no_grad()

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (add_tokens, attention_backend, best_device, can_compile, causal_lm, check_packing, check_quantized_source, check_scoring, check_teacher, compile_layers, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens,
+from .model import (add_tokens, attention_backend, best_device, can_compile, causal_lm, check_packing, check_quantized_source, check_scoring, check_teacher, compile_layers, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens, split_batch,
                           token_loss_sum, use_flat_attention)                # first, since it quiets bitsandbytes, which TRL imports
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size as is_out_of_memory
 from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .chat import missing_markers, resolve_template
@@ -270,15 +271,18 @@ def best_evaluation(
     return best, len(losses) - 1 - best
 
 # %% ../nbs/07_training.ipynb #a39a2021
+def _tokens(batch): return batch["input_ids"].numel()
+
 class Engine(SFTTrainer):
     "TRL's trainer with sftkit's batches, loss, evaluation, checkpoints and events."
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=(), flat=False):
+    def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=(), flat=False, prompts=()):
         from datasets import Dataset
-        self.flat = flat
+        self.flat, self.prompts = flat, prompts
         self.data_prepared, self.run, self.events, self.teacher, self.evaluations = data, run, log, teacher, list(evaluations)
-        self.step_parts, self.step_rows, self.grad_norm = None, [], None
+        self.step_parts, self.step_batches, self.grad_norm = None, [], None
+        self.most_tokens = None                                     # of a pass through the model; None as long as memory has not run out
         score_tokens(causal_lm(model))                              # before accelerate wraps the forward in autocast, so that the loss is computed inside it
         trainable = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         placeholder = Dataset.from_dict({"input_ids": [[0]]})        # TRL wants a Dataset; the batches come from get_train_dataloader
@@ -320,8 +324,41 @@ class Engine(SFTTrainer):
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_rows.append(inputs["rows"])
-        return super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches.append(inputs)
+        try: return self._accumulate(model, [inputs], num_items_in_batch)
+        except RuntimeError as e:
+            if not is_out_of_memory(e): raise
+            if self.args.world_size > 1: raise self._too_large(max(self._pieces(), key=_tokens)) from e
+        return self._begin_again(model, num_items_in_batch)          # outside the handler, whose traceback holds on to the activations
+
+    def _accumulate(self, model, batches, num_items_in_batch):
+        return sum(super(Engine, self).training_step(model, piece, num_items_in_batch) for batch in batches for piece in split_batch(batch, self.most_tokens))
+
+    def _pieces(self): return [piece for batch in self.step_batches for piece in split_batch(batch, self.most_tokens)]
+
+    def _begin_again(self, model, num_items_in_batch):
+        "The step from its first micro-batch, in smaller pieces until they fit: the backward pass that broke off has left a part of a gradient behind."
+        loss = None
+        while loss is None:
+            pieces = self._pieces()
+            largest = max(pieces, key=_tokens)
+            self.most_tokens = _tokens(largest) // 2
+            if len(self._pieces()) == len(pieces): raise self._too_large(largest)
+            model.zero_grad(); self.step_parts = None
+            clear_device_cache(garbage_collection=True)
+            try: loss = self._accumulate(model, self.step_batches, num_items_in_batch)
+            except RuntimeError as e:
+                if not is_out_of_memory(e): raise
+        self.recorder.add("oom", step=self.state.global_step + 1, most_tokens=self.most_tokens,
+                          text=f"Memory ran out, so micro-batches are cut into pieces of at most {self.most_tokens:,} tokens from step {self.state.global_step + 1} on. Tokens per update, and with them the loss, stay what they were.")
+        return loss
+
+    def _too_large(self, piece):
+        r, several = self.data_prepared.recipe, self.args.world_size > 1
+        what = f"with {_tokens(piece):,} tokens at a time" + (" in one of several processes" if several else ", which is a single row")
+        fixes = [f"batch_size={max(1, r.batch_size // 2)}, gradient_accumulation={r.gradient_accumulation * 2} (trains the same)"] if several and r.batch_size > 1 else [f"max_seq_length={max(2, _tokens(piece) // 2)}"]
+        fixes += ["gradient_checkpointing=True"] * (r.gradient_checkpointing is not True) + ["peft=True (LoRA)"] * (not r.peft) + ["quantization='int4'"] * (r.peft and not r.quantization) + ["optimizer='paged_adamw_8bit'"] * (not r.peft and "8bit" not in r.optimizer)
+        return ModelError(f"Memory ran out at step {self.state.global_step + 1} {what}. What helps: {'; '.join(fixes)}.")
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -330,9 +367,12 @@ class Engine(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "Mean nats per trained token of the held-out rows, each process taking its share; then the generated metrics, on the first rows."
-        step, mean = self.state.global_step, self.held_out_loss()
+        step = self.state.global_step
+        if self.evaluations and self.evaluations[-1][0] == step: return {"eval_loss": self.evaluations[-1][1]}        # transformers asks twice after the last step
+        mean = self.held_out_loss()
         scores = self.scores(self.data_prepared.recipe.eval_samples)[0]
         self.recorder.add("eval", step=step, loss=mean, perplexity=math.exp(min(mean, 700)), **scores)
+        write_samples(self.recorder.add, self.model, self.data_prepared, self.prompts, step)
         self.evaluations = [e for e in self.evaluations if e[0] != step] + [(step, mean)]
         self._stop_early()
         return {"eval_loss": mean}
@@ -448,7 +488,7 @@ class Recorder(TrainerCallback):
         self.loss, *self.parts, self.norm = (e.accelerator.reduce(both, "mean") if args.world_size > 1 else both).tolist()
         scaling = e.accelerator.scaler is not None and e.accelerator.scaler.get_scale() > 1          # an overflow in fp16 is skipped and the scale lowered
         if math.isfinite(self.loss) and (math.isfinite(self.norm) or scaling): return
-        rows = [e.data_prepared.train.examples[i].get("where", f"block {i + 1}") for i in torch.cat(e.step_rows).tolist()]
+        rows = [e.data_prepared.train.examples[i].get("where", f"block {i + 1}") for i in torch.cat([b["rows"] for b in e.step_batches]).tolist()]
         what = f"loss is {self.loss}" if not math.isfinite(self.loss) else f"gradient norm is {self.norm} (loss {self.loss:.4g})"
         raise NonFiniteLoss(f"At step {state.global_step + 1} the {what}, so training stopped before the weights were changed. Rows of that step: {', '.join(rows[:64])}. "
                             "Look at these rows; if they are fine, lower `lr`, or use `mixed_precision='bf16'` or 'no' instead of fp16.")
@@ -456,7 +496,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         e, now = self.engine, time.monotonic()
         self.add("step", step=state.global_step, epoch=state.epoch, loss=self.loss, **dict(zip(("ce", "kl"), self.parts)), lr=self.lr, grad_norm=self.norm, tokens=int(e.step_tokens), seq_tokens=int(e.step_seq_tokens), seconds=now - self.began)
-        e.step_parts, e.step_rows = None, []
+        e.step_parts, e.step_batches = None, []
         if now - self.last_memory > 1 or state.global_step >= state.max_steps:
             self.add("memory", step=state.global_step, **read_memory(e.args.device)); self.last_memory = now
         self._obey(state, control)
@@ -663,7 +703,11 @@ class Trainer:
         run, checkpoint = from_main_process(lambda: claim(self.recipe, data))
         main = process_rank() == 0
         with view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull)) as log:
-            try: model = self._run(log, run, data, device, dtype, checkpoint)
+            try:
+                try: model = self._run(log, run, data, device, dtype, checkpoint)
+                except RuntimeError as e:
+                    if not is_out_of_memory(e): raise
+                    raise ModelError(f"Memory ran out outside of a training pass, where smaller batches do not help ({str(e).splitlines()[0][:200]}). What helps: LoRA (peft=True), quantization='int4' with it, optimizer='paged_adamw_8bit', a smaller model.") from e
             except BaseException as e:
                 log.append("state", state="failed", step=_last_step(run), error=f"{type(e).__name__}: {e}", **this_process())
                 raise
@@ -699,14 +743,14 @@ class Trainer:
 
     def _train(self, log, run, model, data, device, dtype, checkpoint, teacher, flat):
         prompts = sample_prompts(data) if process_rank() == 0 or self.recipe.distributed_backend in ("fsdp", "deepspeed") else []
-        if checkpoint is None: write_samples(log, model, data, prompts, "before")
-        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)), flat)
+        if checkpoint is None: write_samples(log.append, model, data, prompts, "before")
+        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)), flat, prompts)
         with started_trackers(self.recipe, run) if process_rank() == 0 else contextlib.nullcontext([]) as engine.recorder.trackers:
             with stop_on_interrupt(engine.recorder): engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if engine.recorder.outcome != "finished": return engine.recorder.outcome
             engine.load_best()
             self._score(engine, run)
-        write_samples(log, model, data, prompts, "after")
+        write_samples(log.append, model, data, prompts, "after")
         state = engine.whole_state()
         if process_rank() == 0: keep(model, data, run, state)
         engine.accelerator.wait_for_everyone()
@@ -775,7 +819,7 @@ def asked(
 
 # %% ../nbs/07_training.ipynb #793e4c6e
 def write_samples(
-    log:EventLog,
+    record, # `EventLog.append`, or another that takes kind and fields
     model,
     data:Prepared,
     prompts:list, # see `sample_prompts`
@@ -784,7 +828,7 @@ def write_samples(
     "Answer the prompts greedily and record them as `sample` events."
     if not prompts: return
     texts = generate(model, data.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, stop_ids=data.stop_ids)
-    for (prompt, reference, _), text in zip(prompts, texts): log.append("sample", when=when, prompt=prompt, reference=reference, text=text)
+    for (prompt, reference, _), text in zip(prompts, texts): record("sample", when=when, prompt=prompt, reference=reference, text=text)
 
 # %% ../nbs/07_training.ipynb #e2797eac
 def keep(

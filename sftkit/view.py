@@ -146,6 +146,10 @@ class Progress:
         self.note = str(event.get("text", ""))
         self._mark("warning" if event.get("level") == "warning" else "note", self.step, self.note)
 
+    def _take_oom(self, event):
+        self.note = str(event.get("text", ""))
+        self._mark("out of memory", event["step"], self.note)
+
     def _take_memory(self, event):
         self.memory = event
         self.peak_bytes = max(self.peak_bytes, event.get("peak_bytes") or 0, event.get("allocated_bytes") or 0)
