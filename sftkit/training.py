@@ -9,12 +9,12 @@ __all__ = ['Prepared', 'prepare', 'Batches', 'PackedBatches', 'batches_of', 'tra
            'unsloth_note', 'Trainer', 'trainer_class', 'sample_prompts', 'asked', 'write_samples', 'keep']
 
 # %% ../nbs/07_training.ipynb #027b464b
-import contextlib, functools, hashlib, importlib, importlib.util, json, math, os, platform, shutil, signal, threading, time, warnings
+import contextlib, functools, hashlib, importlib, importlib.util, itertools, json, math, os, platform, shutil, signal, threading, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (add_tokens, attention_backend, best_device, can_compile, causal_lm, check_packing, check_quantized_source, check_scoring, check_teacher, compile_layers, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens, split_batch,
+from .model import (add_tokens, attention_backend, best_device, can_compile, causal_lm, check_packing, check_quantized_source, check_scoring, check_teacher, compile_layers, compute_dtype, distillation_sums, earlier_weights, flat_batch, load_for_training, load_teacher, load_tokenizer, mean_token_loss, parameter_counts, plain_attention, save_model, score_tokens, split_batch, unsloth_obstacle,
                           token_loss_sum, use_flat_attention)                # first, since it quiets bitsandbytes, which TRL imports
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size as is_out_of_memory
@@ -252,12 +252,14 @@ def training_arguments(
     evaluating = dict(eval_strategy="no") if not data.valid_rows else dict(eval_strategy="steps", eval_steps=r.eval_steps) if r.eval_steps else dict(eval_strategy="epoch")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)      # TRL's own default uses the old name
-        return SFTConfig(
+        args = SFTConfig(
             output_dir=str(run.path), seed=r.seed, data_seed=r.seed, num_train_epochs=r.epochs, max_steps=r.max_steps, per_device_train_batch_size=r.batch_size,
             per_device_eval_batch_size=r.eval_batch_size or r.batch_size, gradient_accumulation_steps=r.gradient_accumulation, learning_rate=r.lr, lr_scheduler_type=r.scheduler,
             warmup_steps=math.ceil(r.warmup_ratio * total), weight_decay=r.weight_decay, max_grad_norm=r.max_grad_norm, optim=r.optimizer, bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False, report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
             remove_unused_columns=False, average_tokens_across_devices=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **sharding, **saving, **evaluating)
+    args._n_gpu = min(args.n_gpu, 1)                                # a process trains on one GPU, however many it sees; transformers would split each batch among them
+    return args
 
 # %% ../nbs/07_training.ipynb #55138fe0
 def best_evaluation(
@@ -305,11 +307,13 @@ class Engine(SFTTrainer):
         self.batches = loader.batch_sampler
         return prepare_data_loader(loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The micro-batches of a step, and its trained tokens on all processes. Written out here, since Unsloth puts its own in transformers' place."
+        batch_samples = list(itertools.islice(epoch_iterator, num_batches))
         tokens = sum((b["labels"][:, 1:] != -100).sum() for b in batch_samples).to(device)
         self.step_tokens = self.accelerator.gather(tokens).sum()
         self.step_seq_tokens = sum(b["input_ids"].numel() if self.flat else int((b["documents" if "documents" in b else "attention_mask"] > 0).sum()) for b in batch_samples)
-        return self.step_tokens
+        return batch_samples, self.step_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Summed loss of this micro-batch over the trained tokens of the whole step; times the processes, whose gradients are averaged."
@@ -666,10 +670,15 @@ def from_main_process(
     return outcome[0]
 
 # %% ../nbs/07_training.ipynb #67285e88
-def unsloth_note()->str:
-    "Why sftkit's own layers are used where Unsloth was asked for."
-    if importlib.util.find_spec("unsloth") is None: return "Unsloth is not installed (pip install unsloth; it needs an NVIDIA, AMD or Intel GPU); sftkit's own layers are used instead, with the same results."
-    return "Unsloth is installed, but sftkit does not drive this version yet; its own layers are used instead, with the same results."
+def unsloth_note(
+    r:Recipe,
+    device:torch.device,
+    new_ids:list=(), # ids of tokens that the template adds
+)->str|None:
+    "Whether Unsloth is used, where it was asked for."
+    if not r.unsloth: return None
+    why = unsloth_obstacle(r, device, new_ids)
+    return f"{why}; sftkit's own layers are used instead, with the same results." if why else "The layers are Unsloth's."
 
 # %% ../nbs/07_training.ipynb #f82b6e29
 class Trainer:
@@ -766,16 +775,21 @@ class Trainer:
 
     def _compiles(self, data, device):
         "Compiling takes some seconds to a minute at the start, so `auto` looks at how much there is to train."
+        if self.recipe.unsloth and unsloth_obstacle(self.recipe, device, data.new_ids) is None: return False      # it has kernels of its own
         if self.recipe.compile == "auto": return can_compile(device) and data.steps(process_count())[1] * self.recipe.gradient_accumulation >= 400
         return self.recipe.compile
 
     def _announce(self, log, data, model, device, dtype, flat, compiled):
         r, (trainable, total) = self.recipe, parameter_counts(model)
-        for text in (*data.notes, attention_backend(r.use_flash_attention_2, device)[1], unsloth_note() if r.unsloth else None):
+        for text in (*data.notes, _idle_gpus(), attention_backend(r.use_flash_attention_2, device)[1], unsloth_note(r, device, data.new_ids)):
             if text: log.append("note", level="warning", text=text)
         stats = data.train.stats
         log.append("plan", model=r.model, total_steps=data.steps(process_count())[1], epochs=r.epochs, rows=stats["rows"], eval_rows=len(data.valid_rows), trainable_parameters=trainable, total_parameters=total,
                    device=read_memory(device)["device"], dtype=str(dtype).removeprefix("torch."), padding_free=flat, compiled=compiled, trained_tokens=stats["trained_tokens"], limit_bytes=read_memory(device)["limit_bytes"])
+
+def _idle_gpus():
+    if process_count() > 1 or torch.cuda.device_count() < 2: return None
+    return f"{torch.cuda.device_count()} GPUs are visible and one is used. `gpus={torch.cuda.device_count()}` trains on all: plan.start(gpus=...) in a notebook, `--gpus` on the command line."
 
 def _evaluations(run, checkpoint):
     "(step, loss) of the evaluations up to a checkpoint."
