@@ -224,7 +224,7 @@ def memory_forecast(
     "What the run will hold in memory, without loading a weight. Raises `ModelError` where the model's configuration can't be had."
     r = data.recipe
     lengths, trained = [e["length"] for e in data.train.examples], [int((torch.as_tensor(e["labels"])[1:] != -100).sum()) for e in data.train.examples]
-    if processes is None: processes = process_count() if process_count() > 1 else (r.gpus or 1) * (r.nodes or 1)
+    if processes is None: processes = process_count() if process_count() > 1 else (r.gpus or (max(2, torch.cuda.device_count()) if r.distributed_backend else 1)) * (r.nodes or 1)
     loads = functools.lru_cache(lambda r: _heaviest(r, lengths, trained, processes))
     return forecast(r, loads, on or machine(device=best_device()), None, len(data.tokenizer), data.new_ids, compiled, processes, flat)
 
