@@ -551,13 +551,13 @@ class Forecast:
         return dict(total_bytes=self.total_bytes, limit_bytes=self.limit_bytes, parts=self.parts, moment=self.moment, verdict=self.verdict)
 
     def __repr__(self)->str:
-        lines = [self.sentence()] + [f"  {_gib(b):>9}  {_LABELS[k]}" for k, b in self.parts.items() if b > 0.001 * self.total_bytes] + self.details()
+        lines = [self.sentence()] + [f"  {_gib(b):>9}  {_LABELS[k]}" for k, b in self.parts.items() if b > 0.001 * self.total_bytes or k in ("weights", "adapter")] + self.details()
         if self.verdict != "fits": lines += (["What would help:"] + [f"  {r}" for r in self.remedies]) if self.remedies else []
         return "\n".join(lines)
 
     def _repr_html_(self)->str: return _forecast_html(self)
 
-def _gib(n): return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+def _gib(n): return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
 
 # %% ../nbs/05_memory.ipynb #b7d0c1c3
 _HUES = dict(weights="#3b7dd8", adapter="#6aa5ee", teacher="#8d6fc9", optimizer="#16946a", gradients="#56b98d", copies="#9db8dd", activations="#d9780a", loss="#e9a94f", update="#8bc9ab", cache="#e9a94f",
