@@ -170,6 +170,12 @@ class Blank:
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return dict(weights=sum(self.size(t) for i, t in tensors.items() if i not in own), adapter=sum(self.size(t) for i, t in tensors.items() if i in own))
 
+def _configuration(model, trust_remote_code):
+    from transformers import AutoConfig
+    config = _load("configuration", model, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    if model.endswith(".gguf") and hasattr(config, "quantization_config"): del config.quantization_config      # its weights are plain numbers once they are loaded
+    return config
+
 def blank_model(
     config, # of transformers, or hub id or folder
     r:Recipe|None=None, # its LoRA fields are read; None: a model that is not trained, such as a teacher
@@ -180,9 +186,9 @@ def blank_model(
     trust_remote_code:bool=False,
 )->Blank:
     "The model as training would hold it, without a weight. Raises `ModelError` if its configuration is missing or of a family that cannot be built this way."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    if isinstance(config, str): config = _load("configuration", config, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    quantization = quantization or (_stored(config) if not str(getattr(config, "_name_or_path", "")).endswith(".gguf") else None)
+    from transformers import AutoModelForCausalLM
+    if isinstance(config, str): config = _configuration(config, trust_remote_code)
+    quantization = quantization or _stored(config)
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"}, name_or_path=getattr(config, "_name_or_path", ""))
     with torch.device("meta"):
         try: model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -347,7 +353,7 @@ def heaviest(
     "The largest micro-batch of each kind."
     def load(batch):
         rows = [[i if i >= 0 else ~i for i in (row if isinstance(row, tuple) else (row,))] for row in batch]
-        return Load(len(rows), max(sum(lengths[i] for i in row) for row in rows), tuple(lengths[i] for row in rows for i in row), max(1, sum(trained[i] for row in rows for i in row)))
+        return Load(len(rows), max(sum(lengths[i] for i in row) for row in rows), tuple(lengths[i] for row in rows for i in row), max(1, sum(min(trained[i], lengths[i]) for row in rows for i in row)))
     loads = [load(b) for b in batches]
     return max(loads, key=lambda l: (l.tokens, l.scored)), max(loads, key=lambda l: (l.rows * l.width, l.scored))
 
@@ -548,7 +554,8 @@ class Forecast:
         return [f"Highest in the {self.moment}, with the largest micro-batch: {tokens}, {self.load.scored:,} of them trained" + (", activations recomputed" if self.recompute else "") + ".", *(n[:1].upper() + n[1:] + "." for n in self.notes)]
 
     def facts(self)->dict: # JSON values, for events
-        return dict(total_bytes=self.total_bytes, limit_bytes=self.limit_bytes, parts=self.parts, moment=self.moment, verdict=self.verdict)
+        gauge = self.total_bytes - sum(self.parts.get(k, 0) for k in ("context", "spare"))             # what the gauge of `read_memory` would show as peak
+        return dict(total_bytes=self.total_bytes, peak_bytes=gauge, limit_bytes=self.limit_bytes, parts=self.parts, moment=self.moment, verdict=self.verdict)
 
     def __repr__(self)->str:
         lines = [self.sentence()] + [f"  {_gib(b):>9}  {_LABELS[k]}" for k, b in self.parts.items() if b > 0.001 * self.total_bytes or k in ("weights", "adapter")] + self.details()
@@ -621,10 +628,6 @@ def forecast(
     moment, parts = max(((name, _shared(parts, r, blank, dtype, processes) | fixed) for name, parts in moments.items()), key=lambda m: sum(m[1].values()))
     notes = [note, movable and f"{_gib(movable)} of paged optimizer state may move to the CPU's memory and is not counted", compiled and "compiled layers are taken to keep 70 % of the activations"]
     return Forecast({k: parts[k] for k in _LABELS if parts.get(k)}, on, moment, load, flat, recompute, r, tuple(n for n in notes if n), processes, again)
-
-def _configuration(model, trust_remote_code):
-    from transformers import AutoConfig
-    return _load("configuration", model, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
 
 # %% ../nbs/05_memory.ipynb #b7d0c1c6
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Progress:
     def gauge(self)->dict: # the last memory event, with the parts that were counted once, the run's peak, and the forecast
         "What the gauge shows."
         if not self.memory: return {}
-        return {**self.memory, "peak_bytes": self.peak_bytes, "parts": self.parts, "forecast_bytes": (self.plan.get("forecast") or {}).get("total_bytes")}
+        return {**self.memory, "peak_bytes": self.peak_bytes, "parts": self.parts, "forecast_bytes": (self.plan.get("forecast") or {}).get("peak_bytes")}
 
     def facts(self)->dict: # JSON values; what is not known yet is None
         "The headline figures."

@@ -345,7 +345,7 @@ def test_a_run_records_forecast_and_parts_and_shows_them(plan, tmp_path):
     assert len(parts) == 1 and parts[0]["adapter"] == said["parts"]["adapter"] == parts[0]["gradients"] and parts[0]["optimizer"] == said["parts"]["optimizer"]
     progress = Progress(events)
     gauge = progress.gauge()
-    assert gauge["forecast_bytes"] == said["total_bytes"] and gauge["parts"] == parts[0]
+    assert gauge["forecast_bytes"] == said["peak_bytes"] == said["total_bytes"] and gauge["parts"] == parts[0]
     shown = gauge_html(gauge)
     assert "weights" in shown and "adapter and optimizer" in shown and "activations and rest" in shown and "forecast" in shown and shown in run_html(progress)
     live = _live_facts(progress)
