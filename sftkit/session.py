@@ -10,7 +10,7 @@ import functools, glob, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
-from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields
+from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, raise_all, recipe_fields
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
@@ -184,6 +184,15 @@ class Session:
         decode = lambda i: data.tokenizer.convert_ids_to_tokens(int(i))
         return Shown(preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats))
 
+    def memory(self,
+        gpu:str|None=None, # another card than this machine's, e.g. "T4", "RTX 4090", "A100"
+        device_bytes:int|None=None, # or a GPU with so much memory
+    ): # sftkit.memory.Forecast: parts, total_bytes, limit_bytes, fits, verdict, remedies
+        "How much memory the run will take at its highest moment, part by part, whether it fits, and what would help. No weight is loaded."
+        known = self.__dict__.setdefault("_forecasts", {})
+        if (gpu, device_bytes) not in known: known[gpu, device_bytes] = _memory(self, gpu, device_bytes)
+        return known[gpu, device_bytes]
+
     def fit(self,
         renderer:str|None=None, # "widget", "html", "terminal", "plain"; by default what suits this place
         **fields, # fields of the recipe, e.g. epochs=3, lr=1e-4
@@ -237,6 +246,19 @@ def _short(path):
     "A path to show: of one outside the current folder, the last two parts."
     return path if not path or not Path(path).is_absolute() else str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else "…/" + "/".join(Path(path).parts[-2:])
 
+def _memory(plan, gpu=None, device_bytes=None):
+    from sftkit.memory import machine
+    from sftkit.model import best_device
+    from sftkit.training import memory_forecast
+    work, here = plan._work, gpu is None and device_bytes is None
+    return memory_forecast(work.data, machine(gpu, device_bytes, best_device()), compiled=work._compiles(work.data, best_device()) if here else plan.recipe.compile is True)
+
+def _known_memory(plan):
+    "The forecast for this machine, where it takes a moment at most: once the rows are encoded."
+    if (None, None) not in plan.__dict__.get("_forecasts", {}) and "data" not in getattr(plan.__dict__.get("_work"), "__dict__", {}): return None
+    try: return plan.memory()
+    except SftkitError: return None                                # a plan can be shown, and carried out, without it
+
 def _plan_facts(plan):
     "The rows of a plan's table; mistakes and missing parts are its warnings."
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
@@ -250,6 +272,9 @@ def _plan_facts(plan):
             ("into", f["project_name"])]
     try: plan.recipe; warnings = []
     except (RecipeError, DataError) as e: warnings = [str(e)]
+    if not warnings and (said := _known_memory(plan)):
+        rows.append(("memory", said.sentence()))
+        if not said.fits: warnings.append("The run will not fit into memory as it stands: plan.memory() says what would help.")
     return dict(title=f"Plan: {f['project_name']}", rows=rows, warnings=warnings)
 
 # %% ../nbs/12_session.ipynb #797c93f5
