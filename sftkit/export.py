@@ -167,10 +167,11 @@ def _metadata(r, about, name, adapter, found):
     "The front matter of the card."
     from huggingface_hub import EvalResult, ModelCardData
     dataset, held_out = _hub_id(r, about, "data_path"), local_name(r.valid_path or r.data_path, True)
+    license = {k: about.get(k) for k in ("license", "license_name", "license_link")} if re.fullmatch(r"[a-z0-9.+-]+", about.get("license") or "") else {}
     scores = [EvalResult(task_type="text-generation", dataset_type=dataset or "local", dataset_name=dataset or held_out, dataset_split=r.valid_split if isinstance(r.valid_split, str) else "held out",
                          metric_type=k, metric_name="loss (nats per token)" if k == "loss" else k, metric_value=v) for k, v in found.items() if k not in ("step", "train_loss")]
     return ModelCardData(base_model=_hub_id(r, about, "model"), library_name="peft" if adapter else "transformers", pipeline_tag="text-generation", tags=["sft", "sftkit", *(["lora"] if r.peft else [])],
-                         datasets=[dataset] if dataset else None, model_name=name if scores else None, eval_results=scores or None, **{k: about.get(k) for k in ("license", "license_name", "license_link")})
+                         datasets=[dataset] if dataset else None, model_name=name if scores else None, eval_results=scores or None, **license)
 
 # %% ../nbs/08_export.ipynb #f1586a3e
 def _data_rows(r, about, plan):
@@ -216,8 +217,8 @@ def model_card(
     what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
     base = code_span(shown.model) + ("" if _hub_id(r, about, "model") else ", a model in a local folder")
     example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code)
-    license = "" if about.get("license") else "\n\nThe base model's files state no licence; whichever it has holds for this model too."
-    parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}", f"{what} {base}. Made by supervised fine-tuning with sftkit {__version__}.{license}",
+    license = f"Its files state this licence: {code_span(about['license'])}." if about.get("license") else "Its files state no licence; whichever it has holds for this model too."
+    parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}", f"{what} {base}. {license} Made by supervised fine-tuning with sftkit {__version__}.",
              "## How to use it", f"```python\n{example}\n```", "## Data", _table(_data_rows(r, about, plan)), "## Results", _table(_result_rows(found)), "## Recipe", _table(_recipe_rows(shown)),
              "`recipe.yaml`, beside this card, holds all of it.", "## Made with", _table(_maker_rows(about, plan, seconds))]
     return "\n\n".join(parts) + "\n"

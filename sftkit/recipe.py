@@ -280,7 +280,7 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
-# %% ../nbs/00_recipe.ipynb #2e3b3240
+# %% ../nbs/00_recipe.ipynb #d9e74b02
 def local_name(
     source:str|None, # hub id or path
     local:bool=False, # whether it is known to be a path, though it doesn't look like one
@@ -289,6 +289,7 @@ def local_name(
     if not source or not (local or re.match(r"[/\\~.]|[A-Za-z]:[/\\]", source)): return source
     return re.split(r"[/\\]", source.rstrip("/\\"))[-1]
 
+# %% ../nbs/00_recipe.ipynb #2e3b3240
 def hub_name(
     r:"Recipe",
 )->str: # org/name, or name for the account that the token belongs to

@@ -307,7 +307,7 @@ def _take_away(run, examples):
     if run.recipe.merge_adapter: run.merge(run.path/"merged", examples)
     if not run.recipe.push_to_hub: return
     try: run.push()
-    except UploadError as e: print(f"sftkit: {e}", file=sys.stderr)
+    except (UploadError, KeyboardInterrupt) as e: print(f"sftkit: {e}" if str(e) else "sftkit: the upload was interrupted; run.push() goes on with it", file=sys.stderr)
 
 def _start(plan, renderer=None):
     from sftkit.launch import process_count_for, start_worker, wants_processes

@@ -35,14 +35,11 @@ def hub(monkeypatch, tmp_path):
     hub.close()
 
 
-@pytest.fixture
-def stay(monkeypatch):
-    "Paths of this machine are in nothing that is read outside it."
-    return lambda data: not re.search(str(Path.cwd()).encode(), data) and str(ROOT).encode() not in data
-
-
 def plan_for(model, name="run", **options): return Session(model, project=name, **{**FAST, **options}).data(write_jsonl("chat.jsonl", CHAT), eval=6)
 def notes(run, level): return [e["text"] for e in run.events if e["kind"] == "note" and e["level"] == level]
+
+
+def names_no_path(data): return str(Path.cwd()).encode() not in data and str(ROOT).encode() not in data
 
 
 def holds_no_token(folder, *more):
@@ -132,12 +129,12 @@ def test_example_of_a_card_runs_and_says_what_the_run_says(tiny, tiny_gpt2, case
 
 # -- save ----------------------------------------------------------------------------------------------------------------------
 
-def test_save_writes_the_result_and_nothing_else(tiny, stay):
+def test_save_writes_the_result_and_nothing_else(tiny):
     run = plan_for(tiny, eval_save_predictions=True, eval_max_new_tokens=2).lora(r=4, merge=True).fit()
     run.report(); Path("run/private.txt").write_text("mine"); Path("run/.env").write_text("KEY=1")
     assert run.save("out") == Path("out") and {p.name for p in Path("out").iterdir()} == REPO_FILES
     for name, path in result_files(run.directory).items(): assert Path("out", name).read_bytes() == path.read_bytes()
-    assert stay(Path("out/recipe.yaml").read_bytes()) and stay(Path("out/README.md").read_bytes())
+    assert names_no_path(Path("out/recipe.yaml").read_bytes()) and names_no_path(Path("out/README.md").read_bytes())
     with pytest.raises(RunError, match="exists already"): run.save("out")
     assert Run.open("out").generate("turn on light 1", max_new_tokens=4) == run.generate("turn on light 1", max_new_tokens=4)
     assert {"README.md", "recipe.yaml", "config.json", "model.safetensors"} <= {p.name for p in Path("run/merged").iterdir()}
@@ -159,7 +156,7 @@ def test_save_is_complete_or_not_at_all(tiny, monkeypatch):
     assert sorted(p.name for p in Path.cwd().iterdir()) == before
 
 
-def test_a_stopped_run_is_saved_from_its_checkpoint(tiny, stay):
+def test_a_stopped_run_is_saved_from_its_checkpoint(tiny):
     from sftkit.events import EventLog
     run = plan_for(tiny, save_steps=2).lora(r=4).fit()
     lines = [l for l in run.directory.events_path.read_text().splitlines() if json.loads(l)["kind"] != "result"]
@@ -167,14 +164,14 @@ def test_a_stopped_run_is_saved_from_its_checkpoint(tiny, stay):
     log = EventLog(run.directory.events_path); log.append("state", state="interrupted", step=2); log.close()
     for path in Path("run").glob("adapter*"): path.unlink()
     run.save("out")
-    assert {p.name for p in Path("out").iterdir()} == REPO_FILES and stay(Path("out/README.md").read_bytes())
+    assert {p.name for p in Path("out").iterdir()} == REPO_FILES and names_no_path(Path("out/README.md").read_bytes())
     for _, folder in run.directory.checkpoints(): __import__("shutil").rmtree(folder)
     with pytest.raises(RunError, match="holds no result yet"): run.save("none")
 
 
 # -- push ----------------------------------------------------------------------------------------------------------------------
 
-def test_push_uploads_the_result_byte_for_byte(tiny, hub, stay):
+def test_push_uploads_the_result_byte_for_byte(tiny, hub):
     base = save_tiny("models/base", extra=("<|im_start|>", "<|im_end|>"))
     run = plan_for(str(Path(base).absolute()), eval_save_predictions=True, eval_max_new_tokens=2).lora(r=4).fit()
     run.report()
@@ -185,7 +182,7 @@ def test_push_uploads_the_result_byte_for_byte(tiny, hub, stay):
         if name != "adapter_config.json": assert repo["files"][name] == path.read_bytes(), name
     ours, theirs = json.loads(Path("run/adapter_config.json").read_text()), json.loads(repo["files"]["adapter_config.json"])
     assert theirs == {**ours, "base_model_name_or_path": "base"} and Path(ours["base_model_name_or_path"]).is_absolute()
-    for name, data in repo["files"].items(): assert stay(data), name
+    for name, data in repo["files"].items(): assert names_no_path(data), name
     card = repo["files"]["README.md"].decode()
     assert "source = 'club/lamps'" in card and "# `club/lamps`" in card and "`base`, a model in a local folder" in card
     assert Recipe(**{k: v for k, v in yaml.safe_load(repo["files"]["recipe.yaml"]).items() if k != "about"}).lora_r == 4
