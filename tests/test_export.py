@@ -302,6 +302,19 @@ def test_worker_process_uploads_with_the_token_of_its_plan(tiny, hub, monkeypatc
     holds_no_token("run")
 
 
+def test_of_several_processes_one_asks_and_uploads(tiny, hub, tmp_path):
+    write_jsonl("chat.jsonl", CHAT)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1", PYTHONPATH=str(ROOT))
+    words = ["llm", "--model", tiny, "--data-path", "chat.jsonl", "--project-name", "two", "--max-steps", "1", "--gradient-accumulation", "1", "--gpus", "2", "--push-to-hub"]
+    sftkit = lambda token: subprocess.run([sys.executable, "-m", "sftkit", *words], capture_output=True, text=True, env={**env, "HF_TOKEN": token})
+    refused = sftkit(READER)
+    assert refused.returncode != 0 and refused.stderr.count("may read only") == 1 and not Path("two").exists() and len(hub.paths("whoami")) == 1
+    done = sftkit(TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert Run.open("two").url == f"{hub.url}/ada/two" and hub.repos["ada/two"]["commits"] == 1 and len(hub.paths("whoami")) == 3              # before training, and before the upload
+    holds_no_token("two", done.stdout, done.stderr)
+
+
 def test_acceptance_31_no_token_in_any_file_event_log_or_repr(tiny, hub, monkeypatch, caplog, capsys):
     plan = plan_for(tiny, log="tensorboard", push_to_hub=True, hub_model_id="club/lamps", token=TOKEN).lora(r=4, merge=True)
     run = plan.fit()
