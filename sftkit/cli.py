@@ -58,7 +58,7 @@ def watch(args):
 
 def push(args):
     "sftkit push RUN [org/name]: upload the result of a run to the hub, into a private repository unless it is there already"
-    print(_run(args[:1], "push").push(*args[1:2]))
+    print(_run(args[:1] if len(args) < 3 else args, "push").push(*args[1:]))
 
 def _run(args, command):
     from sftkit.session import Run

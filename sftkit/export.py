@@ -215,7 +215,7 @@ def model_card(
     plan, found = next((e for e in reversed(events) if e["kind"] == "plan"), {}), results(events)
     seconds = sum(e.get("seconds") or 0 for e in events if e["kind"] == "step")
     what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
-    base = code_span(shown.model) + ("" if _hub_id(r, about, "model") else ", a model in a local folder")
+    base = code_span(shown.model) + ("" if _hub_id(r, about, "model") else ", a model in a local folder" + (", which has to lie where the adapter's configuration says" if adapter else ""))
     example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code)
     license = f"Its files state this licence: {code_span(about['license'])}." if about.get("license") else "Its files state no licence; whichever it has holds for this model too."
     parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}", f"{what} {base}. {license} Made by supervised fine-tuning with sftkit {__version__}.",

@@ -291,6 +291,7 @@ def test_command_line_uploads_and_says_when_it_could_not(tiny, hub, tmp_path, ca
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", "cli"]) == 0 and f"{hub.url}/ada/cli" in capsys.readouterr().out
     assert main(["push", "cli", "club/cli"]) == 0 and set(hub.repos["club/cli"]["files"]) == set(hub.repos["ada/cli"]["files"])
+    assert main(["push", "cli", "a", "b"]) == main(["push"]) == 1 and "takes one run directory" in capsys.readouterr().err
     assert main(["push", "cli", "no such name"]) == 1 and "accepted: `org/name`" in capsys.readouterr().err
     holds_no_token("cli")
 
