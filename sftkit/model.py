@@ -371,6 +371,7 @@ def save_model(
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, state_dict=state, **extra)
+    (Path(folder)/"README.md").unlink(missing_ok=True)              # peft's is a form to fill in; a result gets a card that is filled in
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

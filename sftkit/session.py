@@ -6,11 +6,11 @@
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
 # %% ../nbs/12_session.ipynb #395256fd
-import functools, glob, tempfile, time
+import contextlib, functools, glob, sys, tempfile, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
-from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, raise_all, recipe_fields
+from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, check_hub_name, hub_name, raise_all, recipe_fields, write_atomic
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
@@ -307,24 +307,39 @@ def script(
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     from sftkit.launch import wants_processes
-    from sftkit.training import process_rank
+    from sftkit.training import from_main_process, process_rank
     recipe = plan.recipe
     if wants_processes(recipe):
         raise RunError(f"This plan is for several processes (gpus={recipe.gpus}, distributed_backend={recipe.distributed_backend!r}), and `fit` trains in this one. "
                        "Save it with plan.to_yaml(\"plan.yaml\") and type: sftkit llm --config plan.yaml. Or leave both at None to train here on one device.")
+    if recipe.push_to_hub: from_main_process(lambda: _check_hub(recipe))
     work = plan._work
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
     run, model, data = work.fit(view)
     plan.__dict__.pop("_work", None)              # a second fit starts from fresh data
     done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids)
-    if recipe.merge_adapter and process_rank() == 0 and done.state == "finished": done.merge(run.path/"merged", [e["input_ids"] for e in data.train.examples[:4]])
+    if process_rank() == 0 and done.state == "finished": _take_away(done, [e["input_ids"] for e in data.train.examples[:4]])
     return done
+
+def _check_hub(recipe):
+    from sftkit.export import open_repository
+    open_repository(hub_name(recipe), recipe.token)
+
+def _take_away(run, examples):
+    "What is made of a result: its card, and what the recipe asks for. The result is safe by now, so a failing upload is told and not raised."
+    from sftkit.export import UploadError
+    write_atomic(run.path/"README.md", run._texts(run.path.absolute().name)["README.md"])
+    if run.recipe.merge_adapter: run.merge(run.path/"merged", examples)
+    if not run.recipe.push_to_hub: return
+    try: run.push()
+    except (UploadError, KeyboardInterrupt) as e: print(f"sftkit: {e}" if str(e) else "sftkit: the upload was interrupted; run.push() goes on with it", file=sys.stderr)
 
 def _start(plan, renderer=None):
     from sftkit.launch import process_count_for, start_worker, wants_processes
     from sftkit.training import claim
     recipe = _portable(plan).recipe
     if wants_processes(recipe): process_count_for(recipe)      # raises where there are too few GPUs
+    if recipe.push_to_hub: _check_hub(recipe)
     data = plan._work.data
     directory, _ = claim(recipe, data)
     plan._store()
@@ -441,22 +456,78 @@ class Run:
         if not rows: raise DataError("This run held no rows out. Give some: run.evaluate(\"test.jsonl\").")
         return rows
 
+    @property
+    def about(self)->dict: # see `training.about`
+        "Facts recorded with the run: hashes, versions, hardware."
+        import yaml
+        return yaml.safe_load(self.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+
+    @property
+    def url(self)->str|None: # None if it wasn't uploaded
+        "Where the result was uploaded to last."
+        return next((e["uploaded"] for e in reversed(self.events) if e.get("uploaded")), None)
+
     def merge(self,
         out:str|Path, # a new folder
         examples:list|None=None, # token ids of rows to compare on; by default the first rows of the run's data
     ): # export.Merged: path, dtype and measured differences
         "Write one model without an adapter: merged into the full-precision base, loaded again and compared. Raises `RunError` if there is no adapter or `out` holds something."
-        from sftkit.events import EventLog
+        result = self._merge(out, Path(out).absolute().name, examples)
+        self._note(f"Merged model in {result!r}.")
+        return result
+
+    def _merge(self, out, source, examples=None):
         from sftkit.export import merge
         from sftkit.training import prepare
         model, *_ = self._parts()
         if examples is None: examples = [e["input_ids"] for e in prepare(self.recipe).train.examples[:4]]
         whole = any((self.path/n).exists() for n in ("config.json", "adapter_config.json"))
-        result = merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code)
-        log = EventLog(self.directory.events_path)
-        log.append("note", level="info", text=f"Merged model in {result!r}.")
-        log.close()
-        return result
+        return merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code, self._texts(source, merged=True))
+
+    def _texts(self, source, merged=False):
+        "Card and recipe for a copy of the result that is loaded from `source`."
+        from sftkit.export import model_card, portable
+        about = self.about
+        return {"README.md": model_card(self.recipe, about, self.events, source, merged), "recipe.yaml": portable(self.recipe, about).to_yaml(about=about)}
+
+    def _note(self, text, level="info", **more):
+        from sftkit.events import EventLog
+        with contextlib.closing(EventLog(self.directory.events_path)) as log: log.append("note", level=level, text=text, **more)
+
+    def save(self,
+        out:str|Path, # a new folder
+    )->Path:
+        """Write the result into a folder of its own: adapter or whole weights, tokenizer with its template, a card, the recipe. Completely or not at all.
+
+        The recipe and the card hold no paths of this machine; an adapter names its base as it was given, so that it can be loaded here."""
+        from sftkit.export import result_files, save
+        return save({**result_files(self.directory), **self._texts(Path(out).absolute().name)}, out)
+
+    def push(self,
+        repo:str|None=None, # org/name, or name for your own account; by default the recipe's `hub_model_id`, else the name of the run
+        private:bool=True, # of a repository that is made now; one that is there stays as it is
+        merged:bool=False, # upload the model with the adapter merged in
+        token:str|None=None, # by default the recipe's, HF_TOKEN, or that of `hf auth login`
+    )->str: # its address
+        """Upload the result to the hub: what `save` writes, and nothing else of the run.
+
+        Private unless you say otherwise, since a model can repeat what it was trained on, and what was public for a minute may have been copied; making it public later is one switch on its page.
+        Raises `UploadError` if it can't be uploaded; the result on disk stays as it is, and a further call goes on."""
+        from sftkit.export import UploadError, result_files, upload, without_paths
+        repo, token = repo or hub_name(self.recipe), token or self.recipe.token
+        if wrong := check_hub_name(repo): raise RunError(f"The repository is {repo!r}; {wrong}.")
+        with tempfile.TemporaryDirectory(prefix=".pushing-", dir=self.path) as aside:
+            if merged:
+                self._merge(Path(aside)/"merged", repo)
+                contents = {p.name: p for p in (Path(aside)/"merged").iterdir()}
+            else: contents = without_paths({**result_files(self.directory), **self._texts(repo)})
+            try: url = upload(contents, repo, token, private)
+            except UploadError as e:
+                text = f"{e} The result is in `{self.path}`; Run.open(\"{self.path}\").push(\"{repo}\") tries again."
+                self._note(text, "warning")
+                raise UploadError(text) from e
+        self._note(f"Uploaded to {url}", uploaded=url)
+        return url
 
     def report(self, path:str|Path|None=None)->Path:
         "Write one self-contained HTML page: curves, data and template, samples before and after, recipe. By default `report.html` in the run directory."
@@ -507,10 +578,9 @@ class Run:
 def _gone(path): raise RunError(f"The run that was in `{path}` is not there any more: another run has taken its name, and no folder beside it holds this one. Run.open(\"{path}\") opens the one that is there.")
 
 def _load_run(run):
-    import yaml
     from sftkit.chat import resolve_template
     from sftkit.model import best_device, compute_dtype, load_trained
-    r, about = run.recipe, yaml.safe_load(run.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+    r, about = run.recipe, run.about
     done, checkpoints = any((run.path/n).exists() for n in ("config.json", "adapter_config.json")), run.directory.checkpoints()
     if not done and not checkpoints: raise RunError(f"`{run.path}` holds no weights yet ({run.state}). Train it first, or resume it.")
     device = best_device()
@@ -555,9 +625,8 @@ class Scores(dict):
 
 # %% ../nbs/12_session.ipynb #4a109280
 def _report(run):
-    import yaml
     from sftkit.view import preview_html, report_html
-    about = yaml.safe_load(run.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+    about = run.about
     plan = Session.from_recipe(run.recipe)
     made = {k: v for k, v in about.items() if k not in ("packages", "shape") and v is not None}
     recipe = {**run.recipe.to_dict(defaults=True), "versions": about.get("packages", {}), "hardware": made}

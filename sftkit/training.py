@@ -668,6 +668,20 @@ def _set_aside(path):
 def _data_facts(data):
     return dict(data_hash=rows_hash(data.train_rows), valid_hash=rows_hash(data.valid_rows) if data.valid_rows else None, template_hash=data.template and hashlib.sha256(data.template.jinja.encode()).hexdigest()[:16])
 
+def _stated_license(
+    model, # hub id or folder of the base
+    local, # whether it is a folder
+): # {"license", and what belongs to it}; {} where nothing is stated, or the card can't be had or read
+    "The licence that the base model's own card, or else its config.json, states."
+    import yaml
+    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+    try:
+        card, config = Path(model)/"README.md" if local else Path(hf_hub_download(model, "README.md")), Path(model)/"config.json"
+        stated = card.is_file() and metadata_load(card) or local and config.is_file() and json.loads(config.read_text(encoding="utf-8")) or {}
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, yaml.YAMLError, ValueError): return {}
+    return {k: v for k in ("license", "license_name", "license_link") if isinstance(v := stated.get(k), str)} if isinstance(stated.get("license"), str) else {}
+
 def about(
     data:Prepared,
     device:torch.device,
@@ -676,8 +690,10 @@ def about(
     packages = {}
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
         with contextlib.suppress(PackageNotFoundError): packages[name] = version(name)
+    r = data.recipe
+    local = [n for n in ("model", "data_path", "valid_path", "teacher_model", "continue_from") if getattr(r, n) and Path(getattr(r, n)).exists()]
     return dict(started=time.strftime("%Y-%m-%d %H:%M:%S %z"), **_data_facts(data), template=data.template and data.template.name, python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
-                device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)))
+                device=read_memory(device)["device"], cpus=os.cpu_count(), packages=packages, shape=dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns)), local=local, **_stated_license(r.model, "model" in local))
 
 # %% ../nbs/07_training.ipynb #b3867948
 def process_rank()->int: return int(os.environ.get("RANK", 0))
@@ -803,7 +819,7 @@ class Trainer:
             self._score(engine, run)
         write_samples(log.append, model, data, prompts, "after")
         state = engine.whole_state()
-        if process_rank() == 0: keep(model, data, run, state)
+        if process_rank() == 0: log.append("result", step=engine.best_step or engine.state.global_step, files=keep(model, data, run, state))
         engine.accelerator.wait_for_everyone()
         return "finished"
 
@@ -892,11 +908,13 @@ def keep(
     data:Prepared,
     run:RunDirectory,
     state:dict|None=None, # the weights, where the model holds only a share of them
-):
+)->list: # names of the files
     "Write the result into the run directory: aside first, then renamed file by file, the one that makes a folder loadable last."
     aside = run.path/".saving"
     shutil.rmtree(aside, ignore_errors=True)
     save_model(model, data.tokenizer, aside, data.stop_ids, state)
     flush_folder(aside)
-    for path in sorted(aside.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json")): os.replace(path, run.path/path.name)
+    paths = sorted(aside.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json"))
+    for path in paths: os.replace(path, run.path/path.name)
     aside.rmdir()
+    return [path.name for path in paths]

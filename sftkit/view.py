@@ -10,6 +10,7 @@ __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'hu
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
+from .recipe import local_name
 
 # %% ../nbs/09_view.ipynb #8a176eb8
 _BIDI = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -174,7 +175,7 @@ class Progress:
         seconds = sum(e["seconds"] for e in recent)
         total = self.plan.get("total_steps")
         left = max(total - self.step, 0) * seconds / len(recent) if total and recent and self.state in (*self.running, "paused", "") else None
-        return dict(state=self.state, error=self.error, model=_model_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
+        return dict(state=self.state, error=self.error, model=local_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
             epoch=self.steps[-1].get("epoch") if self.steps else None, epochs=self.plan.get("epochs"), device=self.plan.get("device"), dtype=self.plan.get("dtype"),
             first_loss=known(self.steps), loss=known(reversed(self.steps)), smooth_loss=self._smooth_loss(),
             eval_loss=self.evals[-1].get("loss") if self.evals else None, perplexity=self.evals[-1].get("perplexity") if self.evals else None,
@@ -182,8 +183,6 @@ class Progress:
             tokens_per_second=sum(e.get("seq_tokens") or e.get("tokens") or 0 for e in recent) / seconds if seconds else None,
             trained_tokens=self.trained_tokens, memory=self.gauge(), peak_bytes=self.peak_bytes or None, note=self.note)
 
-def _model_name(model): # a hub id as it is; of a folder its own name, since the rest says something about the machine only
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and re.match(r"[/\\~.]|[A-Za-z]:[/\\]", model) else model
 
 # %% ../nbs/09_view.ipynb #68797bd0
 def _column(events, name, by="step"): return [e[by] for e in events], [_number(e.get(name)) for e in events]

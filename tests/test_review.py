@@ -9,7 +9,7 @@ from tiny import save_tiny, write_jsonl
 
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(12)]
 BASE = dict(model="m", data_path="d.jsonl", project_name="p")
-WITH = dict(quantization=dict(peft=True), merge_adapter=dict(peft=True), teacher_model=dict(use_distillation=True), use_distillation=dict(teacher_model="t"), distributed_backend=dict(gpus=2), valid_path=dict(valid_split=None))
+WITH = dict(quantization=dict(peft=True), merge_adapter=dict(peft=True), teacher_model=dict(use_distillation=True), use_distillation=dict(teacher_model="t"), distributed_backend=dict(gpus=2), valid_path=dict(valid_split=None), hub_model_id=dict(push_to_hub=True))
 OTHER = dict(bool=True, int=3, float=0.25, str="x")
 
 
@@ -20,8 +20,7 @@ def test_the_script_of_any_field_runs_to_the_same_recipe(name):
     if kind == "UnionType": kind = str(field.type).split("|")[0].strip()
     value = next((c for c in field.metadata.get("choices", ()) if c != field.default and c != "loftq"), None)
     if value is None: value = {"log": "wandb", "eval_metrics": "rouge"}.get(name, (not field.default) if kind == "bool" else OTHER[kind])
-    recipe = Recipe(**BASE, **WITH.get(name, {}), **{name: value}) if name not in ("push_to_hub", "hub_model_id") else None
-    if recipe is None: return
+    recipe = Recipe(**BASE, **WITH.get(name, {}), **{name: value})
     space = {}
     exec(Session.from_recipe(recipe).to_script().split("if __name__")[0], space)
     rest = Session.from_recipe(recipe).to_script().partition("plan.fit(")[2].partition(")\n")[0]
