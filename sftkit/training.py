@@ -20,7 +20,7 @@ from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .chat import missing_markers, resolve_template
-from .data import Encoded, Encoder, Row, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, split_rows, store_rows, text_blocks
+from .data import Encoded, Encoder, Row, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, rows_on_both_sides, split_rows, store_rows, text_blocks
 from .evaluate import check_metrics, evaluate, generate
 from .events import EventLog, RunDirectory, flush_folder, process_gone, this_process
 from .memory import read_memory
@@ -70,7 +70,7 @@ def _load_rows(r, given, given_valid, preprocess):
     if r.valid_path: return rows, mapped(given_valid if given_valid is not None else read_rows(r.valid_path))
     if isinstance(r.valid_split, str): return rows, mapped(read_rows(r.data_path, r.valid_split))
     share = r.valid_split or (0.1 if _needs_held_out(r) else None)
-    return split_rows(rows, share, r.seed) if share else (rows, [])
+    return split_rows(rows, share, r.seed, detect_shape(rows, r.text_column)) if share else (rows, [])
 
 def _needs_held_out(r): return r.early_stopping_patience is not None or r.use_enhanced_eval or r.eval_save_predictions
 
@@ -99,6 +99,7 @@ def prepare(
     tokenizer.padding_side = r.padding
     if r.use_distillation: check_teacher(r.teacher_model, tokenizer, r.trust_remote_code)
     if shape.kind == "text" and (r.use_enhanced_eval or r.eval_save_predictions): notes.append("Plain text has no prompt to answer, so it is evaluated by loss and perplexity alone; no answers are generated.")
+    notes += _leaks(train_rows, valid_rows, shape)
     encoder = Encoder(tokenizer, shape, template, r.max_seq_length if r.block_size < 0 else None, r.add_eos_token, r.train_on)
     if r.block_size > 0 and shape.kind != "text":
         raise DataError(f"`block_size={r.block_size}` joins plain text, but these rows are {shape.kind} rows, whose turns must stay whole. Leave `block_size` at -1.")
@@ -113,14 +114,21 @@ def _in_blocks(encoded, block_size):
     lengths = [b["length"] for b in blocks]
     return Encoded(blocks, {**encoded.stats, "lengths": lengths, "total_tokens": sum(lengths), "trained_tokens": sum(lengths) - len(blocks)})
 
+def _shown(places): return ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
+
+def _leaks(train_rows, valid_rows, shape):
+    "A sentence on evaluation rows that are trained on, if there are any."
+    if twice := rows_on_both_sides(train_rows, valid_rows, shape):
+        places = list(dict.fromkeys(theirs.where for _, theirs in twice))
+        yield f"{len(twice)} of {len(valid_rows)} evaluation rows also stand in the training data ({_shown(places)}), so the evaluation loss says less than it seems."
+
 def _losses(name, stats, limit):
     "What truncation and empty answers cost, as sentences."
-    shown = lambda places: ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
     if cut := stats.get("cut_rows"): yield f"{cut} of {stats['rows']} {name} rows are longer than max_seq_length={limit} and are cut ({stats['cut_tokens']} tokens lost)."
     empty = stats.get("empty_rows", [])
-    if lost := [w for w in stats.get("lost_rows", []) if w not in set(empty)]: yield f"{len(lost)} {name} rows lose their whole answer to max_seq_length={limit} and are left out: {shown(lost)}."
+    if lost := [w for w in stats.get("lost_rows", []) if w not in set(empty)]: yield f"{len(lost)} {name} rows lose their whole answer to max_seq_length={limit} and are left out: {_shown(lost)}."
     yield from stats.get("notes", ())
-    if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {shown(empty)}."
+    if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {_shown(empty)}."
 
 # %% ../nbs/07_training.ipynb #667702c7
 class Batches(torch.utils.data.Sampler):
