@@ -183,7 +183,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.events.RunDirectory.obituary': ('events.html#rundirectory.obituary', 'sftkit/events.py'),
                                'sftkit.events.RunDirectory.request': ('events.html#rundirectory.request', 'sftkit/events.py'),
                                'sftkit.events.RunDirectory.status': ('events.html#rundirectory.status', 'sftkit/events.py'),
-                               'sftkit.events.RunDirectory.take_request': ('events.html#rundirectory.take_request', 'sftkit/events.py'),
+                               'sftkit.events.RunDirectory.take_requests': ('events.html#rundirectory.take_requests', 'sftkit/events.py'),
                                'sftkit.events._jsonable': ('events.html#_jsonable', 'sftkit/events.py'),
                                'sftkit.events._process_started': ('events.html#_process_started', 'sftkit/events.py'),
                                'sftkit.events.flush_folder': ('events.html#flush_folder', 'sftkit/events.py'),

@@ -343,7 +343,8 @@ class Engine(SFTTrainer):
         self.recorder.add("eval", step=step, loss=mean, perplexity=math.exp(min(mean, 700)), **scores)
         self.evaluations = [e for e in self.evaluations if e[0] != step] + [(step, mean)]
         self._stop_early()
-        return {"eval_loss": mean}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics := {"eval_loss": mean})
+        return metrics
 
     @property
     def sharded(self): # whether a forward pass needs all processes
@@ -474,27 +475,30 @@ class Recorder(TrainerCallback):
 
     def _obey(self, state, control):
         asked = self._asked()
-        if asked == "pause": asked = self._pause(state)
-        if asked in ("stop", "interrupt"):
-            self.outcome = "interrupted" if asked == "interrupt" else "stopped"
+        if "pause" in asked and not asked & {"stop", "interrupt"}: asked |= self._pause(state)
+        if asked & {"stop", "interrupt"}:
+            self.outcome = "interrupted" if "interrupt" in asked else "stopped"
             control.should_save = control.should_training_stop = True
-        if asked == "checkpoint": control.should_save = True
-        if asked == "evaluate" and self.engine.data_prepared.valid_rows: control.should_evaluate = True
+        if "checkpoint" in asked: control.should_save = True
+        if "evaluate" in asked and self.engine.data_prepared.valid_rows: control.should_evaluate = True
 
     def _asked(self):
-        "What was asked of the run, the same in every process: the most pressing of what any of them has seen."
-        main, order = self.engine.is_world_process_zero(), (None, *RunDirectory.requests, "interrupt")
-        seen = order.index("interrupt" if self.stop_asked else self.engine.run.take_request() if main else None)
-        if self.engine.args.world_size > 1: seen = int(self.engine.accelerator.gather(torch.tensor([seen], device=self.engine.args.device)).max())
-        return order[seen]
+        "What was asked of the run since the last time, the same set in every process. Of `pause` and `resume` the later counts."
+        e, names = self.engine, (*RunDirectory.requests, "interrupt")
+        seen = (e.run.take_requests() if e.is_world_process_zero() else []) + ["interrupt"] * self.stop_asked
+        turns = [name for name in seen if name in ("pause", "resume")]
+        asked = set(seen) - set(turns[:-1]) | set(turns[-1:])
+        if e.args.world_size == 1: return asked
+        flags = torch.tensor([[name in asked for name in names]], dtype=torch.int32, device=e.args.device)
+        return {name for name, flag in zip(names, e.accelerator.gather(flags).amax(0).tolist()) if flag}
 
     def _pause(self, state):
-        "Wait for `resume` or `stop`; the stop button of the notebook ends the wait too."
+        "Wait for `resume` or `stop`; the stop button of the notebook ends the wait too. Returns all that was asked meanwhile."
         self.add("state", state="paused", step=state.global_step, **this_process())
-        asked = None
-        while asked not in ("resume", "stop", "interrupt"):
+        asked = set()
+        while not asked & {"resume", "stop", "interrupt"}:
             time.sleep(0.1)
-            asked = self._asked()
+            asked |= self._asked()
         self.add("state", state="training", step=state.global_step, **this_process())
         return asked
 
@@ -572,10 +576,10 @@ def claim(
             raise RunError(f"`{run.path}` holds an unfinished run ({state} at step {checkpoints[-1][0]}). `resume=True` (`--resume`) goes on with it; `resume=False` (`--disable-resume`) starts afresh and keeps it as `{_free_name(run.path).name}`.")
         if r.resume:
             _same_run(r, data, run)
+            run.take_requests()                                       # meant for the process that is gone
             return run, checkpoints[-1][1]
     if run.exists(): _set_aside(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.control_path.unlink(missing_ok=True)
     return run, None
 
 _FREE = {"resume", "token", "log", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "eval_batch_size", "eval_save_predictions", "merge_adapter", "push_to_hub", "hub_model_id", "gpus", "nodes", "distributed_backend", "data_path", "valid_path"}
