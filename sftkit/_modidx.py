@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sftkit.training._last_step': ('training.html#_last_step', 'sftkit/training.py'),
                                  'sftkit.training._leaks': ('training.html#_leaks', 'sftkit/training.py'),
                                  'sftkit.training._load_rows': ('training.html#_load_rows', 'sftkit/training.py'),
+                                 'sftkit.training._local_mlflow': ('training.html#_local_mlflow', 'sftkit/training.py'),
                                  'sftkit.training._losses': ('training.html#_losses', 'sftkit/training.py'),
                                  'sftkit.training._needs_held_out': ('training.html#_needs_held_out', 'sftkit/training.py'),
                                  'sftkit.training._same_run': ('training.html#_same_run', 'sftkit/training.py'),

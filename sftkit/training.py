@@ -527,11 +527,14 @@ def check_trackers(
 ):
     "Raises `RunError` if a tracker is not installed, or wants an account that is not there."
     for name in _tracker_names(names):
-        if importlib.util.find_spec(name) is None: raise RunError(f"`log={name!r}` needs a package that is not installed. Type: pip install {name}. Or leave `log` at \"none\": `run.history` and the report hold the same numbers.")
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None: raise RunError(f"`log={name!r}` needs a package that is not installed. Type: pip install {_PACKAGES.get(name, name)}. Or leave `log` at \"none\": `run.history` and the report hold the same numbers.")
     if "wandb" in _tracker_names(names) and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and not os.environ.get("WANDB_API_KEY"):
         netrc = Path(os.environ.get("NETRC", Path.home()/".netrc"))
         if not (netrc.exists() and "wandb.ai" in netrc.read_text()):
             raise RunError("`log='wandb'` finds no account. Type `wandb login`, or set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline.")
+
+_PACKAGES = dict(mlflow="mlflow-skinny")                  # a folder of that name, as wandb makes one, is no package: it has no origin
 
 def _tracker_names(names): return [n for n in names.split(",") if n not in ("none", "")]
 
@@ -546,16 +549,29 @@ def started_trackers(
     if not (names := _tracker_names(r.log)):
         yield []
         return
-    own = dict(tensorboard=dict(logging_dir=str(run.path/"tensorboard")), wandb=dict(dir=str(run.path), name=run.path.name), mlflow=dict(logging_dir=str(run.path/"mlflow")))
-    trackers = []
-    for name in names:
-        tracker = tracking.LOGGER_TYPE_TO_CLASS[name]("sftkit" if name in ("wandb", "trackio") else run.path.name, **own.get(name, {}))
-        tracker.start()
-        tracker.store_init_configuration({k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in r.to_dict(defaults=True).items()})
-        trackers.append(tracker)
-    try: yield trackers
-    finally:
-        for tracker in trackers: tracker.finish()
+    with contextlib.ExitStack() as stack:
+        own = dict(tensorboard=dict(logging_dir=str(run.path/"tensorboard")), wandb=dict(dir=str(run.path), name=run.path.name), trackio=dict(name=run.path.name, embed=False))     # embed: a server, which nobody asked for
+        if "mlflow" in names: own["mlflow"] = dict(run_name=run.path.name, logging_dir=_local_mlflow(stack, run.path.absolute()/"mlflow"))
+        trackers = []
+        for name in names:
+            tracker = tracking.LOGGER_TYPE_TO_CLASS[name](run.path.name if name == "tensorboard" else "sftkit", **own[name])
+            tracker.start()
+            stack.callback(tracker.finish)
+            tracker.store_init_configuration({k: v if isinstance(v, (int, float, bool)) else str(v)[:5000] for k, v in r.to_dict(defaults=True).items()})
+            trackers.append(tracker)
+        yield trackers
+
+def _local_mlflow(stack, folder):
+    "MLflow's store in a folder of the run, until `stack` closes, unless the environment names another; its own telemetry is off. Returns where artifacts go."
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    if mlflow.is_tracking_uri_set(): return None
+    database = all(importlib.util.find_spec(name) for name in ("sqlalchemy", "alembic"))          # mlflow-skinny comes without
+    if not database: os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    folder.mkdir(exist_ok=True)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db" if database else folder.as_uri())
+    stack.callback(mlflow.set_tracking_uri, None)
+    return (folder/"artifacts").as_uri()
 
 # %% ../nbs/07_training.ipynb #a8084267
 def claim(
