@@ -289,6 +289,7 @@ class Engine(SFTTrainer):
         self.step_parts, self.step_rows, self.grad_norm = None, [], None
         score_tokens(causal_lm(model))                              # before accelerate wraps the forward in autocast, so that the loss is computed inside it
         trainable = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+        _name_special_tokens(model, data.tokenizer)
         placeholder = Dataset.from_dict({"input_ids": [[0]]})        # TRL wants a Dataset; the batches come from get_train_dataloader
         super().__init__(model=model, args=training_arguments(data, run, device, dtype), train_dataset=placeholder, eval_dataset=placeholder if data.valid_rows else None,
                          processing_class=data.tokenizer, data_collator=_collator(data))
@@ -419,12 +420,30 @@ class Engine(SFTTrainer):
         for step, old in self.run.checkpoints()[:-limit] if limit else []:
             if step != self.best_step: shutil.rmtree(old)
 
+    def _issue_warnings_after_load(self, load_result):
+        "A checkpoint holds every weight, or the run stops; of tied weights one is in it."
+        missing, state = set(load_result.missing_keys), self.model.state_dict(keep_vars=True)
+        loaded = {id(weight) for name, weight in state.items() if name not in missing}
+        lost = [name for name in missing if id(state[name]) not in loaded] + list(load_result.unexpected_keys)
+        if lost: raise RunError(f"The checkpoint does not fit the model; it lacks, or has beside it: {', '.join(sorted(lost)[:8])}. Go on from an earlier checkpoint, or start afresh with `resume=False` (`--disable-resume`).")
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save: save_model(self.model, self.data_prepared.tokenizer, output_dir, self.data_prepared.stop_ids, state_dict)
 
     def whole_state(self):
         "All weights in one place (the first process), where they are shared out; None where the model has them."
         return self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model) if self.sharded else None
+
+def _name_special_tokens(model, tokenizer):
+    "The model's configurations name the tokenizer's special tokens. transformers' trainer would see to it too, and warn."
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        token, text, generation = getattr(tokenizer, name), model.config.get_text_config(), getattr(model, "generation_config", None)
+        for config in (text, generation) if token is not None else ():
+            known = getattr(config, name, None) if config is not None else token
+            known = known if isinstance(known, list) else [known]
+            if token in known: continue
+            several = name == "eos_token_id" and (config is generation or len(known) > 1)      # each of them ends an answer
+            setattr(config, name, [token, *(t for t in known if t is not None)] if several else token)
 
 # %% ../nbs/07_training.ipynb #07f279a3
 class NonFiniteLoss(ModelError):

@@ -408,6 +408,45 @@ def test_requests_of_many_processes_at_once_are_none_lost_and_a_resumed_run_is_n
     assert resumed.state == "finished" and len(losses(resumed)) == 3
 
 
+QUIET = """
+import sys
+import sftkit.training
+from sftkit import Run, Session
+class Stopping(sftkit.training.Recorder):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.engine.run.path.name.startswith("stopped") and state.global_step == 1: self.engine.run.request("stop")
+sftkit.training.Recorder = Stopping
+tiny, wide, gpt2 = sys.argv[1:]
+def plan(project, model=tiny, **fields): return Session(model, project=project, chat_template="chatml", max_steps=4, batch_size=4, gradient_accumulation=1, **fields).data("chat.jsonl", eval=4)
+for project, lora in ("stopped-full", False), ("stopped-lora", True):
+    run = plan(project, peft=lora).fit()
+    assert run.state == "stopped"
+    assert Run.open(project).resume().state == "finished"
+plan("best", eval_steps=1, early_stopping_patience=1, early_stopping_threshold=9.0, use_enhanced_eval=True, eval_max_new_tokens=4).fit()
+plan("int4", wide).lora(merge=True).quantize("int4").fit().generate("turn on light 1", max_new_tokens=4)
+plan("packed", packing=True, max_seq_length=128).fit().report()
+plan("padded", gpt2, packing=True, max_seq_length=128).lora().fit().versus_base(["turn on light 1"], max_new_tokens=4)
+plan("taught").distill(tiny).fit()
+"""
+
+
+def test_acceptance_33_runs_and_resumes_say_nothing_but_their_own_lines(tiny, tiny_wide, tiny_gpt2, chat_file):
+    """As in a terminal: in a process of its own, since pytest keeps warnings to itself."""
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.split(" ")[0] in ("starting", "training", "stopped", "finished") for line in done.stdout.splitlines()), done.stdout
+
+
+def test_a_checkpoint_that_does_not_fit_stops_the_run(tiny, chat_file):
+    from safetensors.torch import save_file
+    plan = plan_for(tiny, chat_file, max_steps=3, batch_size=4, gradient_accumulation=1)
+    run = fit_with_requests(plan, ["stop"])
+    weights = run.directory.checkpoints()[-1][1]/"model.safetensors"
+    tensors = load_file(weights); lost = sorted(tensors)[-1]; del tensors[lost]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=f"does not fit the model.*{lost}"): plan.options(resume=True).fit()
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accumulation):
     """torchrun with two processes against one process with twice the accumulation: the same rows in each step, the same losses and weights."""
