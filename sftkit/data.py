@@ -275,12 +275,13 @@ def _hub_splits(
     name:str, # "org/name", or "org/name:config"
 ): # a DatasetDict
     "A dataset from the Hub. Raises `DataError` if it is not there or the Hub can't be reached; never runs the dataset's code."
-    import datasets, httpx
+    import datasets
+    from huggingface_hub.errors import HTTPError                     # of whichever client it uses: httpx, or httpx2 since 2.4
     from huggingface_hub.utils import logging
     quiet, level = datasets.are_progress_bars_disabled(), logging.get_verbosity()
     datasets.disable_progress_bars(); logging.set_verbosity_error() # one message, instead of one for each retry
     try: return datasets.load_dataset(*name.split(":"))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
         first = str(error).strip().split("\n")[0][:300]
         raise DataError(f"{name!r} is no file or folder here, and as a Hub dataset it could not be loaded: {first.rstrip('.')}. Check the spelling and the connection "
                         "(a private dataset needs `hf auth login`; one with several configurations is named \"org/name:config\"), or give a local path.") from error

@@ -217,6 +217,13 @@ def test_hub_id_goes_through_load_dataset(monkeypatch):
     assert [r.value for r in read_rows("org/name")] == PAIRS and len(read_rows("org/name:main", "valid")) == 1
     assert seen == [(("org/name",), {}), (("org/name", "main"), {})] # trust_remote_code is never passed
 
+def test_hub_id_without_a_connection_is_one_message(monkeypatch):
+    import datasets, sys
+    from huggingface_hub.errors import HTTPError
+    def load(*args): raise HTTPError("no route to host")
+    monkeypatch.setattr(datasets, "load_dataset", load); monkeypatch.setitem(sys.modules, "httpx", None)           # nothing that sftkit needs installs it
+    with pytest.raises(DataError, match="org/name.*no route to host"): read_rows("org/name")
+
 def test_write_rows_round_trip(tmp_path):
     rows = read_rows([{"tools": [{"z": 1, "a": 2}], "text": "é\u2028\n"}])
     again = read_rows(write_rows(rows, tmp_path / "x.jsonl"))
