@@ -50,6 +50,16 @@ class Session:
         new.__dict__["_fields"] = _checked({**new._fields, **(fields or {})})
         return new
 
+    @functools.cached_property
+    def _identity(self): # hashable; the token does not count, as in a Recipe
+        rows = tuple(rows and rows_hash(rows) for rows in (self._rows, self._valid_rows))
+        name = self._fields.get("trainer", "sft")
+        own = self._trainer if name.startswith("__main__:") or "<locals>" in name else None              # any other is named by the field
+        return frozenset((k, v) for k, v in self._fields.items() if k != "token" and v != recipe_fields()[k].default), rows, self._maps, own
+
+    def __eq__(self, other): return self._identity == other._identity if isinstance(other, Session) else NotImplemented
+    def __hash__(self): return hash(self._identity)
+
     def _step(self, step, given, **more):
         return self._with({_STEPS[step][k]: v for k, v in given.items() if v is not None} | more)
 

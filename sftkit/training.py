@@ -22,7 +22,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .chat import missing_markers, resolve_template
-from .data import Encoded, Encoder, Row, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, split_rows, store_rows, text_blocks
+from .data import Encoded, Encoder, Row, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, rows_on_both_sides, split_rows, store_rows, text_blocks
 from .evaluate import check_metrics, evaluate, generate
 from .events import EventLog, RunDirectory, flush_folder, process_gone, this_process
 from .memory import Forecast, Machine, forecast, heaviest, held_parts, machine, read_memory
@@ -72,7 +72,7 @@ def _load_rows(r, given, given_valid, preprocess):
     if r.valid_path: return rows, mapped(given_valid if given_valid is not None else read_rows(r.valid_path))
     if isinstance(r.valid_split, str): return rows, mapped(read_rows(r.data_path, r.valid_split))
     share = r.valid_split or (0.1 if _needs_held_out(r) else None)
-    return split_rows(rows, share, r.seed) if share else (rows, [])
+    return split_rows(rows, share, r.seed, detect_shape(rows, r.text_column)) if share else (rows, [])
 
 def _needs_held_out(r): return r.early_stopping_patience is not None or r.use_enhanced_eval or r.eval_save_predictions
 
@@ -101,6 +101,7 @@ def prepare(
     tokenizer.padding_side = r.padding
     if r.use_distillation: check_teacher(r.teacher_model, tokenizer, r.trust_remote_code)
     if shape.kind == "text" and (r.use_enhanced_eval or r.eval_save_predictions): notes.append("Plain text has no prompt to answer, so it is evaluated by loss and perplexity alone; no answers are generated.")
+    notes += _leaks(train_rows, valid_rows, shape)
     encoder = Encoder(tokenizer, shape, template, r.max_seq_length if r.block_size < 0 else None, r.add_eos_token, r.train_on)
     if r.block_size > 0 and shape.kind != "text":
         raise DataError(f"`block_size={r.block_size}` joins plain text, but these rows are {shape.kind} rows, whose turns must stay whole. Leave `block_size` at -1.")
@@ -115,14 +116,21 @@ def _in_blocks(encoded, block_size):
     lengths = [b["length"] for b in blocks]
     return Encoded(blocks, {**encoded.stats, "lengths": lengths, "total_tokens": sum(lengths), "trained_tokens": sum(lengths) - len(blocks)})
 
+def _shown(places): return ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
+
+def _leaks(train_rows, valid_rows, shape):
+    "A sentence on evaluation rows that are trained on, if there are any."
+    if twice := rows_on_both_sides(train_rows, valid_rows, shape):
+        places = list(dict.fromkeys(theirs.where for _, theirs in twice))
+        yield f"{len(twice)} of {len(valid_rows)} evaluation rows also stand in the training data ({_shown(places)}), so the evaluation loss says less than it seems."
+
 def _losses(name, stats, limit):
     "What truncation and empty answers cost, as sentences."
-    shown = lambda places: ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
     if cut := stats.get("cut_rows"): yield f"{cut} of {stats['rows']} {name} rows are longer than max_seq_length={limit} and are cut ({stats['cut_tokens']} tokens lost)."
     empty = stats.get("empty_rows", [])
-    if lost := [w for w in stats.get("lost_rows", []) if w not in set(empty)]: yield f"{len(lost)} {name} rows lose their whole answer to max_seq_length={limit} and are left out: {shown(lost)}."
+    if lost := [w for w in stats.get("lost_rows", []) if w not in set(empty)]: yield f"{len(lost)} {name} rows lose their whole answer to max_seq_length={limit} and are left out: {_shown(lost)}."
     yield from stats.get("notes", ())
-    if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {shown(empty)}."
+    if empty: yield f"{len(empty)} {name} rows have nothing to train on and are left out: {_shown(empty)}."
 
 # %% ../nbs/07_training.ipynb #667702c7
 class Batches(torch.utils.data.Sampler):
@@ -313,6 +321,7 @@ class Engine(SFTTrainer):
         self.most_tokens = None                                     # of a pass through the model; None as long as memory has not run out
         score_tokens(causal_lm(model))                              # before accelerate wraps the forward in autocast, so that the loss is computed inside it
         trainable = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+        _name_special_tokens(model, data.tokenizer)
         placeholder = Dataset.from_dict({"input_ids": [[0]]})        # TRL wants a Dataset; the batches come from get_train_dataloader
         super().__init__(model=model, args=training_arguments(data, run, device, dtype), train_dataset=placeholder, eval_dataset=placeholder if data.valid_rows else None,
                          processing_class=data.tokenizer, data_collator=_collator(data))
@@ -405,7 +414,8 @@ class Engine(SFTTrainer):
         write_samples(self.recorder.add, self.model, self.data_prepared, self.prompts, step)
         self.evaluations = [e for e in self.evaluations if e[0] != step] + [(step, mean)]
         self._stop_early()
-        return {"eval_loss": mean}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics := {"eval_loss": mean})
+        return metrics
 
     @property
     def sharded(self): # whether a forward pass needs all processes
@@ -480,12 +490,30 @@ class Engine(SFTTrainer):
         for step, old in self.run.checkpoints()[:-limit] if limit else []:
             if step != self.best_step: shutil.rmtree(old)
 
+    def _issue_warnings_after_load(self, load_result):
+        "A checkpoint holds every weight, or the run stops; of tied weights one is in it."
+        missing, state = set(load_result.missing_keys), self.model.state_dict(keep_vars=True)
+        loaded = {id(weight) for name, weight in state.items() if name not in missing}
+        lost = [name for name in missing if id(state[name]) not in loaded] + list(load_result.unexpected_keys)
+        if lost: raise RunError(f"The checkpoint does not fit the model; it lacks, or has beside it: {', '.join(sorted(lost)[:8])}. Go on from an earlier checkpoint, or start afresh with `resume=False` (`--disable-resume`).")
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save: save_model(self.model, self.data_prepared.tokenizer, output_dir, self.data_prepared.stop_ids, state_dict)
 
     def whole_state(self):
         "All weights in one place (the first process), where they are shared out; None where the model has them."
         return self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model) if self.sharded else None
+
+def _name_special_tokens(model, tokenizer):
+    "The model's configurations name the tokenizer's special tokens. transformers' trainer would see to it too, and warn."
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        token, text, generation = getattr(tokenizer, name), model.config.get_text_config(), getattr(model, "generation_config", None)
+        for config in (text, generation) if token is not None else ():
+            known = getattr(config, name, None) if config is not None else token
+            known = known if isinstance(known, list) else [known]
+            if token in known: continue
+            several = name == "eos_token_id" and (config is generation or len(known) > 1)      # each of them ends an answer
+            setattr(config, name, [token, *(t for t in known if t is not None)] if several else token)
 
 # %% ../nbs/07_training.ipynb #07f279a3
 class NonFiniteLoss(ModelError):
@@ -540,27 +568,30 @@ class Recorder(TrainerCallback):
 
     def _obey(self, state, control):
         asked = self._asked()
-        if asked == "pause": asked = self._pause(state)
-        if asked in ("stop", "interrupt"):
-            self.outcome = "interrupted" if asked == "interrupt" else "stopped"
+        if "pause" in asked and not asked & {"stop", "interrupt"}: asked |= self._pause(state)
+        if asked & {"stop", "interrupt"}:
+            self.outcome = "interrupted" if "interrupt" in asked else "stopped"
             control.should_save = control.should_training_stop = True
-        if asked == "checkpoint": control.should_save = True
-        if asked == "evaluate" and self.engine.data_prepared.valid_rows: control.should_evaluate = True
+        if "checkpoint" in asked: control.should_save = True
+        if "evaluate" in asked and self.engine.data_prepared.valid_rows: control.should_evaluate = True
 
     def _asked(self):
-        "What was asked of the run, the same in every process: the most pressing of what any of them has seen."
-        main, order = self.engine.is_world_process_zero(), (None, *RunDirectory.requests, "interrupt")
-        seen = order.index("interrupt" if self.stop_asked else self.engine.run.take_request() if main else None)
-        if self.engine.args.world_size > 1: seen = int(self.engine.accelerator.gather(torch.tensor([seen], device=self.engine.args.device)).max())
-        return order[seen]
+        "What was asked of the run since the last time, the same set in every process. Of `pause` and `resume` the later counts."
+        e, names = self.engine, (*RunDirectory.requests, "interrupt")
+        seen = (e.run.take_requests() if e.is_world_process_zero() else []) + ["interrupt"] * self.stop_asked
+        turns = [name for name in seen if name in ("pause", "resume")]
+        asked = set(seen) - set(turns[:-1]) | set(turns[-1:])
+        if e.args.world_size == 1: return asked
+        flags = torch.tensor([[name in asked for name in names]], dtype=torch.int32, device=e.args.device)
+        return {name for name, flag in zip(names, e.accelerator.gather(flags).amax(0).tolist()) if flag}
 
     def _pause(self, state):
-        "Wait for `resume` or `stop`; the stop button of the notebook ends the wait too."
+        "Wait for `resume` or `stop`; the stop button of the notebook ends the wait too. Returns all that was asked meanwhile."
         self.add("state", state="paused", step=state.global_step, **this_process())
-        asked = None
-        while asked not in ("resume", "stop", "interrupt"):
+        asked = set()
+        while not asked & {"resume", "stop", "interrupt"}:
             time.sleep(0.1)
-            asked = self._asked()
+            asked |= self._asked()
         self.add("state", state="training", step=state.global_step, **this_process())
         return asked
 
@@ -589,11 +620,14 @@ def check_trackers(
 ):
     "Raises `RunError` if a tracker is not installed, or wants an account that is not there."
     for name in _tracker_names(names):
-        if importlib.util.find_spec(name) is None: raise RunError(f"`log={name!r}` needs a package that is not installed. Type: pip install {name}. Or leave `log` at \"none\": `run.history` and the report hold the same numbers.")
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None: raise RunError(f"`log={name!r}` needs a package that is not installed. Type: pip install {_PACKAGES.get(name, name)}. Or leave `log` at \"none\": `run.history` and the report hold the same numbers.")
     if "wandb" in _tracker_names(names) and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and not os.environ.get("WANDB_API_KEY"):
         netrc = Path(os.environ.get("NETRC", Path.home()/".netrc"))
         if not (netrc.exists() and "wandb.ai" in netrc.read_text()):
             raise RunError("`log='wandb'` finds no account. Type `wandb login`, or set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline.")
+
+_PACKAGES = dict(mlflow="mlflow-skinny")                  # a folder of that name, as wandb makes one, is no package: it has no origin
 
 def _tracker_names(names): return [n for n in names.split(",") if n not in ("none", "")]
 
@@ -608,16 +642,29 @@ def started_trackers(
     if not (names := _tracker_names(r.log)):
         yield []
         return
-    own = dict(tensorboard=dict(logging_dir=str(run.path/"tensorboard")), wandb=dict(dir=str(run.path), name=run.path.name), mlflow=dict(logging_dir=str(run.path/"mlflow")))
-    trackers = []
-    for name in names:
-        tracker = tracking.LOGGER_TYPE_TO_CLASS[name]("sftkit" if name in ("wandb", "trackio") else run.path.name, **own.get(name, {}))
-        tracker.start()
-        tracker.store_init_configuration({k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in r.to_dict(defaults=True).items()})
-        trackers.append(tracker)
-    try: yield trackers
-    finally:
-        for tracker in trackers: tracker.finish()
+    with contextlib.ExitStack() as stack:
+        own = dict(tensorboard=dict(logging_dir=str(run.path/"tensorboard")), wandb=dict(dir=str(run.path), name=run.path.name), trackio=dict(name=run.path.name, embed=False))     # embed: a server, which nobody asked for
+        if "mlflow" in names: own["mlflow"] = dict(run_name=run.path.name, logging_dir=_local_mlflow(stack, run.path.absolute()/"mlflow"))
+        trackers = []
+        for name in names:
+            tracker = tracking.LOGGER_TYPE_TO_CLASS[name](run.path.name if name == "tensorboard" else "sftkit", **own[name])
+            tracker.start()
+            stack.callback(tracker.finish)
+            tracker.store_init_configuration({k: v if isinstance(v, (int, float, bool)) else str(v)[:5000] for k, v in r.to_dict(defaults=True).items()})
+            trackers.append(tracker)
+        yield trackers
+
+def _local_mlflow(stack, folder):
+    "MLflow's store in a folder of the run, until `stack` closes, unless the environment names another; its own telemetry is off. Returns where artifacts go."
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    if mlflow.is_tracking_uri_set(): return None
+    database = all(importlib.util.find_spec(name) for name in ("sqlalchemy", "alembic"))          # mlflow-skinny comes without
+    if not database: os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    folder.mkdir(exist_ok=True)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db" if database else folder.as_uri())
+    stack.callback(mlflow.set_tracking_uri, None)
+    return (folder/"artifacts").as_uri()
 
 # %% ../nbs/07_training.ipynb #a8084267
 def claim(
@@ -638,10 +685,10 @@ def claim(
             raise RunError(f"`{run.path}` holds an unfinished run ({state} at step {checkpoints[-1][0]}). `resume=True` (`--resume`) goes on with it; `resume=False` (`--disable-resume`) starts afresh and keeps it as `{_free_name(run.path).name}`.")
         if r.resume:
             _same_run(r, data, run)
+            run.take_requests()                                       # meant for the process that is gone
             return run, checkpoints[-1][1]
     if run.exists(): _set_aside(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.control_path.unlink(missing_ok=True)
     return run, None
 
 _FREE = {"resume", "token", "log", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "eval_batch_size", "eval_save_predictions", "merge_adapter", "push_to_hub", "hub_model_id", "gpus", "nodes", "distributed_backend", "data_path", "valid_path"}
