@@ -53,8 +53,39 @@ def gap(a, b): return max((abs(x["loss"] - y["loss"]) for x, y in zip(a, b)), de
 def rate(steps, processes=1): return statistics.median(processes * e["seq_tokens"] / e["seconds"] for e in (steps[3:-1] or steps))
 
 
+def launchers(base, sftkit, torchrun, accelerate):
+    one, _, code = run("one", sftkit, base.replace(gradient_accumulation=2))
+    if code: sys.exit("One process did not train; its output stands above.")
+    check("one process, which uses one GPU however many there are", len(one) == base.max_steps, last=one[-1]["loss"], tokens_per_s=rate(one))
+    for name, launcher, fields in (("sftkit llm --distributed-backend ddp", sftkit, dict(distributed_backend="ddp", gpus=2)), ("torchrun -m sftkit llm", torchrun, {}), ("accelerate launch -m sftkit llm", accelerate, {})):
+        steps, seconds, code = run(name.split()[0], launcher, base.replace(**fields))
+        check(f"{name}: the losses of one process", code == 0 and gap(steps, one) < 1e-3, largest_gap=gap(steps, one), tokens_per_s=rate(steps, 2) if steps else 0, wall_s=seconds)
+    if find_spec("anywidget"):
+        from sftkit import Session
+        done = Session.from_recipe(base.replace(project_name="started")).start(gpus=2).wait(400)
+        steps = [e for e in done.events if e["kind"] == "step"]
+        check("plan.start(gpus=2): the losses of one process", gap(steps, one) < 1e-3, largest_gap=gap(steps, one))
+
+
+def sharding(half, sftkit, cuda):
+    plain, *_ = run("plain", sftkit, half.replace(gradient_accumulation=2))
+    for backend in (["fsdp"] if cuda else []) + (["deepspeed"] if find_spec("deepspeed") else []):
+        for kind, fields in (("full", {}), ("LoRA", dict(peft=True, lora_dropout=0.0, lr=1e-3))):
+            reference = plain if kind == "full" else run("plain-lora", sftkit, half.replace(gradient_accumulation=2, **fields))[0]
+            steps, seconds, code = run(f"{backend}-{kind}", sftkit, half.replace(distributed_backend=backend, gpus=2, **fields))
+            loads = code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
+            check(f"{backend}, {kind}: the losses of one process, and a result that loads", loads and gap(steps, reference) < 0.05, largest_gap=gap(steps, reference), wall_s=seconds)
+
+
+def speed(half, sftkit, cuda):
+    fast = half.replace(peft=True, lora_dropout=0.0, packing=True, max_seq_length=2048 if cuda else 128, batch_size=4, max_steps=-1, epochs=4)
+    single, *_ = run("fast-1", sftkit, fast)
+    double, *_ = run("fast-2", sftkit, fast.replace(distributed_backend="ddp", gpus=2))
+    check("LoRA, packed: real tokens per second, two to one", bool(single and double), one=rate(single), two=rate(double, 2), ratio=rate(double, 2) / rate(single))
+
+
 def main():
-    a = argparse.ArgumentParser(); a.add_argument("--out"); a.add_argument("--tiny", action="store_true"); a.add_argument("--layers", type=int, default=12); a.add_argument("--hidden", type=int, default=1024); a = a.parse_args()
+    a = argparse.ArgumentParser(); a.add_argument("--out"); a.add_argument("--only", nargs="*", choices=("launchers", "sharding", "speed"), default=("launchers", "sharding", "speed")); a.add_argument("--tiny", action="store_true"); a.add_argument("--layers", type=int, default=12); a.add_argument("--hidden", type=int, default=1024); a = a.parse_args()
     cuda = torch.cuda.is_available()
     if not a.tiny and torch.cuda.device_count() < 2: sys.exit(f"This machine shows {torch.cuda.device_count()} GPUs; two are needed.")
     out = a.out and Path(a.out).resolve()
@@ -64,29 +95,10 @@ def main():
         sftkit, torchrun = [sys.executable, "-m", "sftkit"], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sftkit"]
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "-m", "sftkit"]
         base = Recipe(model="m", data_path="rows.jsonl", project_name="x", batch_size=4, gradient_accumulation=1, max_steps=4 if a.tiny else 10, lr=1e-4, mixed_precision="no", compile=False, save_steps=10**6)
-        one, _, code = run("one", sftkit, base.replace(gradient_accumulation=2))
-        if code: sys.exit("One process did not train; its output stands above.")
-        check("one process, which uses one GPU however many there are", len(one) == base.max_steps, last=one[-1]["loss"], tokens_per_s=rate(one))
-        for name, launcher, fields in (("sftkit llm --distributed-backend ddp", sftkit, dict(distributed_backend="ddp", gpus=2)), ("torchrun -m sftkit llm", torchrun, {}), ("accelerate launch -m sftkit llm", accelerate, {})):
-            steps, seconds, code = run(name.split()[0], launcher, base.replace(**fields))
-            check(f"{name}: the losses of one process", code == 0 and gap(steps, one) < 1e-3, largest_gap=gap(steps, one), tokens_per_s=rate(steps, 2) if steps else 0, wall_s=seconds)
-        if find_spec("anywidget"):
-            from sftkit import Session
-            done = Session.from_recipe(base.replace(project_name="started")).start(gpus=2).wait(400)
-            steps = [e for e in done.events if e["kind"] == "step"]
-            check("plan.start(gpus=2): the losses of one process", gap(steps, one) < 1e-3, largest_gap=gap(steps, one))
         half = base.replace(mixed_precision=None if cuda else "no")
-        plain, *_ = run("plain", sftkit, half.replace(gradient_accumulation=2))
-        for backend in (["fsdp"] if cuda else []) + (["deepspeed"] if find_spec("deepspeed") else []):
-            for kind, fields in (("full", {}), ("LoRA", dict(peft=True, lora_dropout=0.0, lr=1e-3))):
-                reference = plain if kind == "full" else run("plain-lora", sftkit, half.replace(gradient_accumulation=2, **fields))[0]
-                steps, seconds, code = run(f"{backend}-{kind}", sftkit, half.replace(distributed_backend=backend, gpus=2, **fields))
-                loads = code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
-                check(f"{backend}, {kind}: the losses of one process, and a result that loads", loads and gap(steps, reference) < 0.05, largest_gap=gap(steps, reference), wall_s=seconds)
-        fast = base.replace(mixed_precision=None if cuda else "no", peft=True, lora_dropout=0.0, packing=True, max_seq_length=2048 if cuda else 128, batch_size=4, max_steps=-1, epochs=4)
-        single, *_ = run("fast-1", sftkit, fast)
-        double, *_ = run("fast-2", sftkit, fast.replace(distributed_backend="ddp", gpus=2))
-        check("LoRA, packed: real tokens per second, two to one", bool(single and double), one=rate(single), two=rate(double, 2), ratio=rate(double, 2) / rate(single))
+        if "launchers" in a.only: launchers(base, sftkit, torchrun, accelerate)
+        if "sharding" in a.only: sharding(half, sftkit, cuda)
+        if "speed" in a.only: speed(half, sftkit, cuda)
         os.chdir("/")
     about = dict(device=torch.cuda.get_device_name() if cuda else "cpu", gpus=torch.cuda.device_count(), torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
     if out: out.write_text(json.dumps(dict(about=about, results=results), indent=1))

@@ -206,9 +206,9 @@ def test_ctrl_c_stops_watching_and_tidies_up(tmp_path, monkeypatch):
 
 def test_a_run_whose_process_is_gone_is_called_dead(tmp_path, monkeypatch):
     run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
-    w = Publisher(run, r, until_end=True); monkeypatch.setattr(w.directory, "status", lambda: {"state": "died"})
+    w = Publisher(run, r, until_end=True); monkeypatch.setattr(w.directory, "status", lambda: {"kind": "state", "state": "died", "error": "Process 1 is gone."})
     w._quiet_since -= 10; w.start(); w.join(5)
-    assert not w.is_alive() and r.last["state"] == "died"
+    assert not w.is_alive() and r.last["state"] == "died" and r.last["error"] == "Process 1 is gone."
 
 
 # --- terminal and log
