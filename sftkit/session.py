@@ -14,10 +14,23 @@ from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, rais
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
-    "Something to look at: HTML where there is a notebook, text elsewhere."
-    def __init__(self, html:str, text:str): self.html, self.text = html, text
+    "Something to look at: a widget where there are widgets, HTML in other notebooks, text elsewhere."
+    def __init__(self,
+        html:str, text:str, # the static forms
+        panel=None, # () -> `widgets.Panel`, or None
+    ): self.html, self.text, self.panel = html, text, panel
+    def _ipython_display_(self):
+        if self.panel is None or not _widgets_work(): raise NotImplementedError # IPython goes on with the static forms
+        self.panel().show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if self.panel is not None and _widgets_work(): return self.panel()._repr_mimebundle_()
+        return {"text/html": self.html, "text/plain": self.text}
     def _repr_html_(self)->str: return self.html
     def __repr__(self)->str: return self.text
+
+def _widgets_work():
+    from sftkit.widgets import choose_renderer
+    return choose_renderer() == "widget"
 
 # %% ../nbs/12_session.ipynb #74771cae
 _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet", ".gz")
@@ -176,13 +189,14 @@ class Session:
         return iter(train_loader(self._work.data))
 
     def preview(self, n:int=3, rows=None)->Shown:
-        "Tokens of the first `n` training rows (or of `rows`), coloured by role and by what becomes of them: trained, not trained, cut off."
+        "Tokens of the first `n` training rows (or of `rows`), coloured by role and by what becomes of them: trained, not trained, cut off. With widgets: of all rows, `n` a page."
         from sftkit.view import preview_html, preview_text
         data = self._work.data
         shown = [{**self.encode(row), "where": f"row {i}"} for i, row in enumerate(rows, 1)] if rows is not None else [{**data.encoder(r.value, r.where), "where": r.where} for r in data.train_rows[:n]]
         stats = {**data.train.stats, "max_seq_length": self.recipe.max_seq_length}
         decode = lambda i: data.tokenizer.convert_ids_to_tokens(int(i))
-        return Shown(preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats))
+        html, text = preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats)
+        return Shown(html, text, lambda: _preview_panel(self, {"text/html": html, "text/plain": text}, n, rows))
 
     def fit(self,
         renderer:str|None=None, # "widget", "html", "terminal", "plain"; by default what suits this place
@@ -231,6 +245,29 @@ def _portable(plan):
         name = plan._fields["trainer"].partition(":")[2]
         raise RecipeError(f"The trainer `{name}` is defined in this notebook or script, where no other process finds it. Put the class into a file, e.g. my_trainer.py, import it from there, and pass it to .trainer() again.")
     return plan
+
+# %% ../nbs/12_session.ipynb #c3a9515e
+def _encoder_with(data, name):
+    "The encoder that `plan.template(name)` would train with, for the rows of this plan."
+    from sftkit.chat import missing_markers, resolve_template
+    from sftkit.model import add_tokens, load_tokenizer
+    r, tokenizer = data.recipe, load_tokenizer(data.recipe.model, data.recipe.trust_remote_code)
+    template = resolve_template(name, tokenizer)
+    add_tokens(tokenizer, missing_markers(template, tokenizer))
+    tokenizer.chat_template = template.jinja
+    return Encoder(tokenizer, data.encoder.shape, template, data.encoder.max_seq_length, r.add_eos_token, r.train_on)
+
+def _preview_panel(plan, static, n, rows=None):
+    "The widget of `Session.preview`: all training rows and all held-out ones, or the given `rows`."
+    from sftkit.chat import templates
+    from sftkit.widgets import PreviewView
+    data, steps = plan._work.data, [*plan._maps, *([plan._work.data.preprocess] if plan._work.data.preprocess else [])]
+    given = None if rows is None else {"given": functools.reduce(map_rows, steps, [Row(row, f"row {i}") for i, row in enumerate(rows, 1)])}
+    splits = {"training": (data.train_rows, data.train), **({"held out": (data.valid_rows, data.valid)} if data.valid_rows else {})}
+    stats = {name: (e.stats, e.examples) for name, (_, e) in splits.items()}
+    own = data.template.name if data.template else "no template"
+    others = [name for name in templates() if name != own] if data.encoder.shape.kind != "text" else []
+    return PreviewView(given or {name: r for name, (r, _) in splits.items()}, data.encoder, static, {} if given else stats, functools.partial(_encoder_with, data), others, own, n)
 
 # %% ../nbs/12_session.ipynb #779c23be
 def _short(path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'few_marks',
            'smooth', 'series', 'nice_ticks', 'curve_svg', 'panels_svg', 'svg_image', 'gauge_html', 'compare_html',
-           'run_text', 'run_html', 'preview_html', 'preview_text', 'plan_html', 'plan_text', 'report_html',
-           'history_figure']
+           'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_page', 'plan_html', 'plan_text',
+           'report_html', 'history_figure']
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
@@ -666,6 +666,48 @@ def preview_text(
             shown = visible(clip(text, 4000)).replace("\n", "↵").replace("\t", "→")
             out.append(f"  {visible(clip(role, 40)):<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
     return "\n".join(out)
+
+# %% ../nbs/09_view.ipynb #6e8ea9de
+def _token_entry(t, styles): # [text, id, style], then [gap, what, right to left] where there is any of it
+    key = (visible(clip(t["role"], 40)), t["state"])
+    style = styles.setdefault(key, len(styles))
+    rest = [clip(_spaces(t["gap"]), 200), t["what"], any(unicodedata.bidirectional(c) in ("R", "AL") for c in t["text"])]
+    return [clip(_spaces(t["text"]), 200), t["id"], style, *(rest if any(rest) else ())]
+
+def _prompt_entry(row, prompt, decode, limit): # how the tokens that inference sends stand to the row
+    if prompt is None or isinstance(prompt, str): return prompt and dict(error=visible(clip(prompt, 2000)))
+    whole, ids = [*row["input_ids"], *row["cut_ids"]], list(prompt)
+    common = next((i for i, (a, b) in enumerate(zip(ids, whole)) if a != b), min(len(ids), len(whole)))
+    if common == len(ids):
+        beyond = f"; {len(ids) - len(row['input_ids']):,} of them lie beyond the limit of training" if len(ids) > len(row["input_ids"]) else ""
+        return dict(length=len(ids), note=f"{len(ids):,} tokens are sent: the very beginning of what is trained{beyond}", tokens=None)
+    shown = [(i, i < common) for i in range(len(ids)) if i < limit // 2 or i >= len(ids) - limit // 2]
+    return dict(length=len(ids), note=f"{len(ids):,} tokens are sent, of which the first {common:,} are as trained: from there on this template writes the conversation so far differently",
+                tokens=[[clip(_spaces(decode(ids[i])), 200), ids[i], same] for i, same in shown])
+
+def _row_entry(row, tokens, prompt, decode, limit, styles):
+    head = dict(number=row.get("number"), where=visible(clip(row.get("where") or "", 200)))
+    if "error" in row: return dict(head, error=visible(clip(row["error"], 2000)))
+    trained, total, cut = _row_counts(row)
+    note = f"{trained:,} of {total:,} tokens trained" + (f", {cut:,} cut off" if cut else "")
+    return dict(head, note=note, tokens=[t if isinstance(t, int) else _token_entry(t, styles) for t in _clip_tokens(tokens, limit)], prompt=_prompt_entry(row, prompt, decode, limit))
+
+def preview_page(
+    encoded_rows:list, # as for `preview_html`, with `number` besides `where`; a row that could not be encoded is {"number", "where", "error"}
+    tokenizer_decode, # id -> str
+    prompts:list|None=None, # per row the ids that inference sends, or why there are none, or None
+    max_tokens:int=600, # shown per row; the rest is counted
+    max_bytes:int=240_000, # of the whole page as JSON; fewer tokens of each row are shown where it would be more
+)->dict: # JSON: rows of {number, where, note, tokens, prompt}; styles, a list of [css, role, state]
+    "The preview as data: what `preview_html` draws, for a page that draws by itself."
+    rows, decode = list(encoded_rows), tokenizer_decode
+    tokens, prompts = [[] if "error" in row else _tokens(row, decode) for row in rows], prompts or [None] * len(rows)
+    while True:
+        styles = {}
+        drawn = [_row_entry(row, t, p, decode, max_tokens, styles) for row, t, p in zip(rows, tokens, prompts)]
+        page = dict(rows=drawn, styles=[[_token_style(role, state), role, state] for role, state in styles])
+        if max_tokens <= 8 or len(json.dumps(page, ensure_ascii=False).encode()) <= max_bytes: return page
+        max_tokens //= 2
 
 # %% ../nbs/09_view.ipynb #e3d54148
 def plan_html(

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
-           'Publisher', 'live', 'watch']
+           'Publisher', 'live', 'watch', 'Panel', 'PreviewView']
 
 # %% ../nbs/10_widgets.ipynb #61f133b4
-import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
+import bisect, contextlib, importlib.resources, logging, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
 from .events import RunDirectory, read_events
+from .view import preview_html, preview_page, preview_text
 from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible, few_marks
-from .view import _headline, _memory_words, _number, _pair_samples, _scores, _STATES
+from .view import _headline, _memory_words, _number, _pair_samples, _preview_headline, _scores, _STATES
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
 _RENDERERS = ("widget", "html", "terminal", "plain")
@@ -363,3 +364,138 @@ def watch(
     publisher = Publisher(run_path, renderer, stop=stop, until_end=True)
     publisher.start()
     return publisher
+
+# %% ../nbs/10_widgets.ipynb #8e02a7d4
+def _script(name): # panel.js, then the file that draws
+    folder = importlib.resources.files("sftkit")
+    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("panel", name))
+
+class Panel(anywidget.AnyWidget):
+    "A widget that takes the place of its static form while a kernel answers. Subclasses have `static` and `_asked`."
+    run_id = traitlets.Unicode().tag(sync=True) # the place in the page, and the static form that is hidden
+
+    def __init__(self,
+        **traits, # of the widget
+    ):
+        self._busy, self._twin = threading.RLock(), None
+        super().__init__(run_id=uuid.uuid4().hex[:12], **traits)
+        _listen_while_busy(self)
+        self.on_msg(self._asked)
+
+    def _asked(self, widget, content, buffers): "A message from the page: what it holds is checked before use."
+
+    def static(self)->dict: # text/html and text/plain
+        "What a saved notebook shows."
+        raise NotImplementedError
+
+    def _hidden(self): # the static form, marked so that the page can hide it
+        return {**self.static(), "text/html": f'<div class="sft-static" data-run="{self.run_id}">{self.static()["text/html"]}</div>'}
+
+    def _repr_mimebundle_(self, **kwargs):
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return {**data, **self._hidden()}, metadata
+
+    def show(self)->"Panel":
+        "Display the place and the static form as outputs of this cell."
+        from IPython.display import display
+        place, metadata = {"text/html": f'<div class="sft-panel" data-run="{self.run_id}"></div>', "text/plain": ""}, {}
+        if os.environ.get("VSCODE_PID"):
+            place, metadata = self._repr_mimebundle_()
+            place |= {"text/html": "", "text/plain": ""}
+        display(place, metadata=metadata, raw=True)
+        self._twin = display(self._hidden(), raw=True, display_id=True)
+        return self
+
+    def refresh(self):
+        "Bring the static form up to date."
+        if self._twin is not None: self._twin.update(self._hidden(), raw=True)
+
+    def close(self):
+        "Close the widget and the layout model that comes with it; the page shows the static form again."
+        layout = self.layout
+        super().close()
+        if layout is not None: layout.close()
+
+# %% ../nbs/10_widgets.ipynb #2c95e8f6
+class PreviewView(Panel):
+    "The rows of a plan, page by page, as they are trained and as inference will send them."
+    _esm = _script("preview")
+    about = traitlets.Dict().tag(sync=True) # title, own, templates, n, splits of {name, rows, filters, headline}
+    first = traitlets.List().tag(sync=True) # the pages that are shown at once
+
+    def __init__(self,
+        rows:dict, # name of the split -> list of `Row`s, already mapped
+        encoder, # the plan's `Encoder`
+        static:dict, # text/html and text/plain of the first rows
+        stats:dict|None=None, # name of the split -> (stats of `encode_rows`, its examples); none for rows that are not part of the data
+        encoder_for=None, # name of a built-in template -> `Encoder`; None where rows are no conversations
+        templates=(), # names for `encoder_for`
+        own:str="own", # name of the plan's template
+        n:int=3, # rows a page
+        title:str="What is trained",
+    ):
+        self._rows, self._static, self._stats, self._encoder_for = rows, static, stats or {}, encoder_for
+        self._encoders, self._found, self._n = {"": encoder}, {}, min(max(n, 1), 20)
+        splits = [dict(name=name, rows=len(r), filters=[[k, c] for k, c in self._filters(name) if c], headline=self._headline(name)) for name, r in rows.items()]
+        super().__init__(about=dict(title=visible(clip(title, 200)), own=visible(clip(own, 60)), templates=list(templates), n=self._n, splits=splits))
+        self.first = [self.page(next(iter(rows)))]
+
+    def static(self): return self._static
+
+    def _headline(self, split):
+        stats, _ = self._stats.get(split, ({}, ()))
+        return visible(_preview_headline([], {**stats, "max_seq_length": self._encoders[""].max_seq_length})).partition(" · ")[2].replace("whole data:", "tokens trained:") if stats else f"{len(self._rows[split]):,} rows"
+
+    def _filters(self, split): # [(name, rows)]
+        stats, _ = self._stats.get(split, ({}, ()))
+        return [("cut", stats.get("cut_rows", 0)), ("lost answer", len(stats.get("lost_rows", ())))]
+
+    def _numbers(self, split, which): # numbers of the rows that are meant, from 0
+        rows = self._rows[split]
+        if which == "all": return range(len(rows))
+        if (split, which) not in self._found:
+            stats, examples = self._stats.get(split, ({}, ()))
+            limit, places = self._encoders[""].max_seq_length, set(stats.get("lost_rows", ()))
+            if which == "cut": places |= {e["where"] for e in examples if e["length"] == limit}
+            found = [i for i, r in enumerate(rows) if r.where in places]
+            if which == "cut": found = [i for i in found if self._encoders[""](rows[i].value, rows[i].where)["cut_ids"]]
+            self._found[split, which] = found
+        return self._found[split, which]
+
+    def _encoder(self, template):
+        if template not in self._encoders: self._encoders[template] = self._encoder_for(template)
+        return self._encoders[template]
+
+    def _encoded(self, number, row, template): # the row, and the prompt made of it
+        head = dict(number=number + 1, where=row.where)
+        try:
+            encoder = self._encoder(template)
+            out = {**encoder(row.value, row.where), **head}
+        except SftkitError as e: return {**head, "error": str(e)}, None
+        try: return out, encoder.prompt(row.value)
+        except SftkitError as e: return out, str(e)
+
+    def page(self,
+        split:str, # name
+        start:int=0, # position among the rows that are meant
+        template:str="", # a built-in one; "": the plan's own
+        which:str="all", # "all", "cut" or "lost answer"
+        row:int|None=None, # instead of `start`: the first meant row with this number or a higher one
+    )->dict: # JSON, below 300 kB: split, which, start, template, total, rows and styles as in `preview_page`
+        "One page of rows, encoded now."
+        with self._busy:
+            numbers, rows = self._numbers(split, which), self._rows[split]
+            if row is not None: start = bisect.bisect_left(numbers, row - 1)
+            start = max(0, min(start, len(numbers) - 1))
+            done = [self._encoded(i, rows[i], template) for i in numbers[start:start + self._n]]
+            tokenizer = self._encoders.get(template, self._encoders[""]).tokenizer
+            page = preview_page([e for e, _ in done], lambda i: tokenizer.decode([int(i)]), [p for _, p in done])
+        return dict(page, split=split, which=which, start=start, template=template, total=len(numbers), **({} if row is None else {"row": row}))
+
+    def _asked(self, widget, content, buffers):
+        if not isinstance(content, dict) or content.get("type") != "rows": return
+        split, which, template, start, row = (content.get(k) for k in ("split", "which", "template", "start", "row"))
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+        if split not in list(self._rows) or which not in ("all", "cut", "lost answer") or template not in ("", *self.about["templates"]) or not whole(start) or not (row is None or whole(row)): return
+        self.send(self.page(split, start, template, which, row))

@@ -290,3 +290,108 @@ def test_no_page_gets_more_than_it_can_draw_and_the_extremes_stay(sent):
 def test_scores_reach_the_page():
     p = Progress([{"kind": "step", "step": 1, "loss": 2.0, "ce": 2.0, "kl": 0.5}, {"kind": "step", "step": 2, "loss": 1.0, "ce": 1.0, "kl": 0.25}, {"kind": "eval", "step": 2, "loss": 1.5, "bleu": 12.5, "a\u202eb": 1.0}])
     assert widgets._live_facts(p)["scores"] == "evaluation: loss 1.5 · bleu 12.5 · a⟨U+202E⟩b 1\nloss parts: ce 2 → 1 · kl 0.5 → 0.25"
+
+
+# --- panels
+
+from sftkit.widgets import Panel, PreviewView # noqa: E402
+HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\u202e\x00\u2066"
+
+@pytest.fixture
+def told(monkeypatch):
+    "Messages of panels to their pages, as JSON keeps them."
+    messages = []
+    monkeypatch.setattr(Panel, "send", lambda self, content, buffers=None: messages.append(json.loads(json.dumps(content, allow_nan=False))))
+    return messages
+
+@pytest.fixture
+def plan(tiny):
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}" + " please" * (i % 20)}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(60)]
+    rows[7]["messages"][0]["content"] = HOSTILE; rows[8]["messages"][1]["content"] = "x\u2028y" * 40_000
+    rows[9]["messages"] = [{"role": "system", "content": "Be short."}, {"role": "assistant", "content": "hello"}, *rows[9]["messages"]]
+    return Session(tiny, project="p").data(rows, eval=6).options(max_seq_length=40)
+
+def preview_of(plan, n=3, **kw): return plan.preview(n, **kw).panel()
+
+def test_preview_pages_are_what_the_trainer_gets(plan):
+    v, data = preview_of(plan, 5), plan._work.data
+    for split, rows in (("training", data.train_rows), ("held out", data.valid_rows)):
+        for start in range(0, len(rows), 5):
+            page = v.page(split, start)
+            assert page["total"] == len(rows) and [r["number"] for r in page["rows"]] == [i + 1 for i in range(start, min(start + 5, len(rows)))]
+            for shown, row in zip(page["rows"], rows[start:start + 5]):
+                e = plan.encode(row.value)
+                if any(isinstance(t, int) for t in shown["tokens"]): continue
+                assert [t[1] for t in shown["tokens"]] == e["input_ids"] + e["cut_ids"] and shown["where"] == row.where
+                fates = [page["styles"][t[2]][2] for t in shown["tokens"]]
+                assert fates == ["not trained" if l == -100 else "trained" for l in e["labels"]] + ["cut off"] * len(e["cut_ids"])
+                ids = data.encoder.prompt(row.value)
+                assert shown["prompt"]["length"] == len(ids) and shown["prompt"]["tokens"] is None and (e["input_ids"] + e["cut_ids"])[:len(ids)] == ids
+    v.close()
+
+def test_every_template_shows_what_its_plan_would_train(plan, tiny):
+    from sftkit import Session
+    from sftkit.chat import templates
+    v, row = preview_of(plan, 1), plan._work.data.train_rows[0]
+    assert set(v.about["templates"]) | {v.about["own"]} == set(templates())
+    for name in v.about["templates"]:
+        page, e = v.page("training", 0, name), Session(tiny, project="q").data([row.value]).template(name).options(max_seq_length=400).encode(row.value)
+        shown = page["rows"][0]
+        assert [t[1] for t in shown["tokens"]] == e["input_ids"] and [page["styles"][t[2]][2] == "trained" for t in shown["tokens"]][:40] == [l != -100 for l in e["labels"]][:40], name
+    v.close()
+
+def test_a_template_that_refuses_a_row_says_why_beside_the_others(plan):
+    v = preview_of(plan, 20)
+    at = next(i for i, r in enumerate(plan._work.data.train_rows) if len(r.value["messages"]) == 4)
+    page = v.page("training", at, "llama")
+    assert "roles must alternate" in page["rows"][0]["error"] and "tokens" in page["rows"][1]; v.close()
+
+def test_preview_filters_count_what_they_show(plan):
+    v, data = preview_of(plan, 20), plan._work.data
+    cut = [i + 1 for i, r in enumerate(data.train_rows) if data.encoder(r.value)["cut_ids"]]
+    lost = [i + 1 for i, r in enumerate(data.train_rows) if all(l == -100 for l in data.encoder(r.value)["labels"])]
+    split = v.about["splits"][0]
+    assert split["filters"] == [["cut", len(cut)], ["lost answer", len(lost)]] and len(cut) > 5 and lost
+    assert [r["number"] for r in v.page("training", 0, which="cut")["rows"]] == cut[:20] and v.page("training", 0, which="lost answer")["total"] == len(lost)
+    assert v.page("training", 0, which="cut", row=cut[3])["start"] == 3; v.close()
+
+def test_preview_messages_are_checked_and_bounded(plan, told):
+    v = preview_of(plan, 20)
+    ask = lambda **kw: v._asked(v, {"type": "rows", "split": "training", "which": "all", "template": "", "start": 0, **kw}, [])
+    ask(); ask(start=40); ask(template="llama", start=5); ask(start=10**9); ask(row=7)
+    assert len(told) == 5 and told[3]["rows"][0]["number"] == 54 and told[4]["rows"][0]["number"] == 7
+    assert all(len(json.dumps(m, ensure_ascii=False).encode()) < 300_000 for m in told) and "\u202e" not in json.dumps(told, ensure_ascii=False)
+    for wrong in (dict(split="x"), dict(split=[]), dict(which="rm"), dict(template="../x"), dict(start="1"), dict(start=True), dict(row=1.5), dict(type="other")): ask(**wrong)
+    v._asked(v, "junk", []); assert len(told) == 5
+    assert len(json.dumps(v.get_state(), ensure_ascii=False, default=str).encode()) < 400_000; v.close()
+
+def test_preview_of_given_rows_and_of_plain_text(plan, tiny, text_file):
+    from sftkit import Session
+    v = preview_of(plan, rows=[{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}])
+    assert [(s["name"], s["rows"]) for s in v.about["splits"]] == [("given", 1)] and v.first[0]["rows"][0]["prompt"]["length"] > 3; v.close()
+    v = preview_of(Session(tiny, project="t").data(text_file)); assert v.about["templates"] == [] and "tokens" in v.first[0]["rows"][0]; v.close()
+
+@pytest.mark.parametrize("renderer", ["widget", "html", "plain"])
+def test_shown_has_every_form(plan, nowhere, renderer):
+    shown = plan.preview(2)
+    nowhere.setattr(widgets, "_shell", lambda: None if renderer == "plain" else Shell); nowhere.setenv("SFTKIT_RENDERER", renderer)
+    bundle = shown._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert shown.html in data["text/html"] and data["text/plain"] == shown.text == repr(shown) and shown._repr_html_() == shown.html and "<script>" not in shown.html
+    assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget")
+    if renderer != "widget":
+        with pytest.raises(NotImplementedError): shown._ipython_display_()
+
+def test_a_panel_shows_its_place_and_its_static_form(nowhere):
+    outputs = []
+    class Handle:
+        def update(self, data, raw): outputs.append(data)
+    import IPython.display
+    nowhere.setattr(IPython.display, "display", lambda data, **kw: outputs.append(data) or Handle())
+    v = PreviewView({"training": []}, type("E", (), {"max_seq_length": 9, "tokenizer": None})(), {"text/html": "<i>x</i>", "text/plain": "x"})
+    v.show(); v.refresh()
+    assert outputs == [{"text/html": f'<div class="sft-panel" data-run="{v.run_id}"></div>', "text/plain": ""}] + [{"text/html": f'<div class="sft-static" data-run="{v.run_id}"><i>x</i></div>', "text/plain": "x"}] * 2
+    nowhere.setenv("VSCODE_PID", "7"); v.show()
+    assert "application/vnd.jupyter.widget-view+json" in outputs[3] and outputs[3]["text/html"] == ""; v.close()
+    assert v.comm is None

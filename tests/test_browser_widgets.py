@@ -1,0 +1,119 @@
+"""The panels in a real JupyterLab: they draw, they ask and are answered, and a saved notebook shows their static form to anybody. Models are tiny and random."""
+import pytest
+import browser
+from tiny import save_tiny
+from browser import lab, notebook, untrusted_copy, write_notebook
+
+if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+
+START = f"""
+import sys; sys.path.insert(0, {str(browser.ROOT/"tests")!r})
+from sftkit import Session, Run, compare
+tiny = "tiny"
+rows = [{{"messages": [{{"role": "user", "content": f"turn on light {{i}}"}}, {{"role": "assistant", "content": f"light {{i}} on" + " now" * (i % 30)}}]}} for i in range(60)]
+rows[1]["messages"][0]["content"] = "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\\u202e\\x00"
+rows[2]["messages"] = [{{"role": "system", "content": "Be short."}}, {{"role": "assistant", "content": "hello"}}, *rows[2]["messages"]]
+plan = Session(tiny, project="p").data(rows, eval=6).options(max_seq_length=40)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    save_tiny(folder/"tiny", extra=("<|im_start|>", "<|im_end|>"))
+    with lab(folder) as server: yield server
+
+@pytest.fixture(autouse=True)
+def no_kernels_left(server):
+    yield
+    server.end_sessions()
+
+@pytest.fixture(scope="module")
+def saved(): return {} # name of the panel -> notebook that holds it
+
+def data_of(nb): return nb.page.locator(".sft-p").evaluate("e => ({...e.dataset})")
+def wait(nb, script, seconds=20): nb.page.wait_for_function(f"() => {{ const p = document.querySelector('.sft-p'); return p && {script}; }}", timeout=seconds * 1000)
+def unharmed(nb): return nb.page.evaluate("() => window.hit") is None and nb.errors == [] and nb.page.locator(".sft-p script, .sft-p img[src=x]").count() == 0
+
+
+def test_preview_pages_and_templates(server, saved):
+    write_notebook(server.root/"preview.ipynb", [START + "plan.preview(n=3)"])
+    with notebook(server, "preview.ipynb", width=900) as nb:
+        nb.run_all(); wait(nb, "p.querySelectorAll('.v-one').length === 3")
+        assert not nb.page.locator(".sft-static").is_visible() and "window.hit=1" in nb.text(0) and "⟨U+202E⟩" in nb.text(0)
+        nb.page.locator("button[title='Further rows']").click(); wait(nb, "p.dataset.start === '3'")
+        nb.page.locator("button[data-template=llama]").click(); wait(nb, "p.dataset.columns === '2' && p.querySelectorAll('.v-cell').length === 6")
+        jump = nb.page.locator(".v-jump"); jump.fill("1"); jump.press("Enter"); wait(nb, "p.dataset.start === '0'")
+        nb.page.locator(".v-jump").blur()
+        wait(nb, "p.innerText.includes('roles must alternate')") # a row that llama can't render, beside one that it can
+        nb.page.locator(".v-t", has_text="<|im_start|>").first.hover(); wait(nb, "/^id \\d+ · “<\\|im_start\\|>” · template · not trained · special$/.test(p.querySelector('.v-read').textContent)")
+        nb.page.locator("button[data-tab=sent]").click()
+        wait(nb, "p.querySelectorAll('.v-caret').length >= 4")
+        sent, whole = (nb.page.locator(f".v-cell[data-template=''] {s}").first.inner_text() for s in (".v-sent", ".v-text"))
+        assert whole.startswith(sent) and "the answer starts here" in whole and nb.page.locator(".v-later").count() > 0
+        nb.page.locator("button[data-split='held out']").click(); wait(nb, "p.querySelector('.v-where').textContent.endsWith('of 6')")
+        nb.page.locator("button[data-split=training]").click(); nb.page.locator("select.v-filter").select_option("cut"); wait(nb, "/ cut$/.test(p.querySelector('.v-where').textContent)")
+        assert nb.page.evaluate("() => { const p = document.querySelector('.sft-p'); return p.scrollWidth <= p.clientWidth && p.clientWidth < 760; }") # nothing sticks out
+        nb.page.locator("button[data-template=llama]").focus(); nb.page.keyboard.press("d"); nb.page.keyboard.press("d")
+        assert nb.page.locator(".sft-p").count() == 1 and unharmed(nb) # d d is JupyterLab's key for deleting the cell
+        nb.save(); nb.reload()
+        wait(nb, "p.querySelectorAll('.v-one').length === 3")
+        nb.page.locator("button[title='Further rows']").click(); wait(nb, "p.dataset.start === '3'")
+    saved["preview"] = "preview.ipynb"
+
+STATIC = {"preview": ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"]}
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("name", list(STATIC))
+def test_a_saved_notebook_shows_the_static_form_without_its_kernel(server, saved, name, trusted):
+    if name not in saved: pytest.skip(f"the test that saves {name} did not run")
+    server.end_sessions()
+    book = saved[name] if trusted else untrusted_copy(server.root/saved[name], server.root/f"downloaded-{name}.ipynb").name
+    text = (server.root/book).read_text()
+    assert "widget-view" not in text and len(text) < 120_000
+    with notebook(server, book) as nb:
+        assert nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets[0].model.trusted") is trusted
+        nb.page.wait_for_timeout(800)
+        cell = nb.page.locator(".jp-CodeCell").last.locator(".jp-OutputArea").first
+        shown = cell.inner_text()
+        assert all(words in shown for words in STATIC[name]) and "Error displaying widget" not in nb.page.content() and nb.page.locator(".sft-p").count() == 0, shown[:600]
+        assert nb.page.evaluate("() => window.hit") is None and nb.errors == []
+
+
+# --- the scripts by themselves, in a bare page with a model made here
+
+FAKE = """async (source, state, hosts) => {
+    const module = await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"}))), heard = {}, sent = [];
+    const model = {get: (k) => state[k], on: (name, f) => heard[name] = f, send: (m) => sent.push(m)};
+    const widget = module.default();
+    return {model, widget, sent, say: (m) => heard["msg:custom"](m), close: widget.initialize({model}), frame: () => new Promise((f) => setTimeout(f, 120))};
+}"""
+def source(name): return "".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("panel", name))
+
+def test_preview_js_by_itself(server):
+    page = server.browser.new_page()
+    try:
+        page.set_content("<body></body>")
+        out = page.evaluate(f"""async ([source]) => {{
+            const token = (t, id, s) => [t, id, s], rows = (start, error) => [{{number: start + 1, where: "<b>x</b>", note: "n", prompt: {{length: 2, note: "2 tokens", tokens: null}}, tokens: [token("<i>a</i>", 1, 0), token("b", 2, 0), 5, token("c", 8, 1)]}}, ...(error ? [{{number: start + 2, where: "", error: "<script>no</script>"}}] : [])];
+            const pageOf = (start, template) => ({{split: "training", which: "all", start, template, total: 7, rows: rows(start, !!template), styles: [["color:red", "user", "not trained"], ["color:green", "<u>", "trained"]]}});
+            const state = {{run_id: "abc", about: {{title: "<b>t</b>", own: "own", templates: ["llama"], n: 1, splits: [{{name: "training", rows: 7, filters: [["cut", 2]], headline: "h"}}]}}, first: [pageOf(0, "")]}};
+            const {{widget, model, sent, say, close, frame}} = await ({FAKE})(source, state), out = {{}};
+            const place = document.createElement("div"); place.className = "sft-panel"; place.dataset.run = "abc"; // the place comes after the model, as in a notebook
+            const twin = document.createElement("div"); twin.className = "sft-static"; twin.dataset.run = "abc"; twin.textContent = "static";
+            document.body.append(place, twin); await frame();
+            const p = place.querySelector(".sft-p"); out.hidden = getComputedStyle(twin).display; out.text = p.querySelector(".v-text").textContent;
+            p.querySelector("[title='Further rows']").click(); p.querySelector("[title='Further rows']").click(); out.asked = sent.slice(); say(pageOf(1, "")); await frame(); out.start = [p.dataset.start === '2' ? 'too early' : null, p.querySelectorAll(".v-one").length];
+            say(pageOf(2, "")); await frame(); out.then = p.dataset.start;
+            p.querySelector("[data-template=llama]").click(); say(pageOf(2, "llama")); await frame(); out.errors = [...p.querySelectorAll(".v-cell .p-notice")].map((e) => e.textContent);
+            p.querySelector("[data-tab=sent]").click(); await frame(); out.sent = p.querySelector(".v-sent").textContent; out.later = p.querySelector(".v-later").textContent;
+            const filter = p.querySelector("select"); filter.value = "cut"; filter.onchange(); out.filter = sent[sent.length - 2];
+            p.querySelector(".v-jump").value = 9; p.querySelector(".v-jump").onchange(); out.jump = sent[sent.length - 1];
+            out.tags = p.querySelectorAll("script,i,u,b b").length;
+            document.body.append(place.cloneNode()); await frame(); out.views = document.querySelectorAll(".sft-p").length; // the notebook is shown a second time
+            close(); out.after = [getComputedStyle(twin).display, document.querySelectorAll(".sft-p").length]; return out; }}""", [source("preview")])
+    finally: page.close()
+    assert out["hidden"] == "none" and out["text"] == "<i>a</i>b… 5 more tokens …c" and out["after"] == ["block", 0] and out["views"] == 2
+    assert out["asked"] == [{"type": "rows", "split": "training", "which": "all", "start": i, "template": ""} for i in (1, 2)] and out["start"] == [None, 1] and out["then"] == "2"
+    assert out["errors"] == ["<script>no</script>"] and out["sent"] == "<i>a</i>b" and out["later"].endswith("c") and out["tags"] == 0
+    assert out["filter"]["which"] == "cut" and out["jump"]["row"] == 9 and out["jump"]["which"] == "cut"
