@@ -4,7 +4,7 @@
 
 const BLUE = "#3b7dd8", ORANGE = "#d9780a", RED = "#d5483c", GREEN = "#16946a", GREY = "#7d838c";
 const BASE_CSS = `
-.sft-p{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:960px;padding:2px 0 8px;text-align:left;container-type:inline-size}
+.sft-p{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:960px;padding:2px 3px 8px;text-align:left;container-type:inline-size}
 .sft-p *{box-sizing:border-box} .sft-p [hidden]{display:none!important}
 .sft-p .p-row{display:flex;flex-wrap:wrap;align-items:center;gap:6px 10px} .sft-p .p-right{margin-left:auto}
 .sft-p .p-title{font-size:15px;font-weight:700;overflow-wrap:anywhere} .sft-p .p-soft{opacity:.72;font-size:12px;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}

@@ -6,7 +6,7 @@
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
 # %% ../nbs/12_session.ipynb #395256fd
-import functools, glob, tempfile, time
+import contextlib, functools, glob, tempfile, threading, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
@@ -356,6 +356,7 @@ class Run:
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
         self._directory, self._began, self.recipe = directory, directory.began(), recipe
         self._loaded = (model, tokenizer, encoder, stop_ids) if model is not None else None
+        self._in_use = threading.RLock() # of the model: a chat answers on a thread of its own, with the adapter switched off for the base
 
     @classmethod
     def open(cls,
@@ -423,8 +424,21 @@ class Run:
         from sftkit.evaluate import generate
         model, tokenizer, encoder, stop_ids = self._parts()
         many = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict) and ("role" in prompt[0] or "from" in prompt[0]))
-        texts = generate(model, tokenizer, [encoder.prompt(p) for p in (prompt if many else [prompt])], max_new_tokens, stop_ids=stop_ids, **sampling)
+        with self._in_use: texts = generate(model, tokenizer, [encoder.prompt(p) for p in (prompt if many else [prompt])], max_new_tokens, stop_ids=stop_ids, **sampling)
         return texts if many else texts[0]
+
+    def chat(self,
+        base:bool=True, # the base model answers too, beside the tuned one
+        max_new_tokens:int=256, # longest answer
+        temperature:float=0.0, # 0: greedy
+        system:str="", # system message
+    ): # widgets.Chat
+        """Talk to the tuned model and its base, in the template that was trained: a panel to type into where there are widgets, `.ask("...")` everywhere.
+
+        The template's earlier turns are each model's own answers. Of an adapter one model is in memory, so the two answer one after the other; a base whose weights were all trained is loaded beside."""
+        from sftkit.widgets import Chat
+        encoder = self._parts()[2]
+        return Chat(functools.partial(_reply, self, {}), ("tuned", "base") if base else ("tuned",), f"Chat with {self.path.name}", encoder.chat, max_new_tokens, temperature, system)
 
     def versus_base(self,
         prompts, # as for `generate`: a list of texts, messages or rows; rows with an answer show it as reference
@@ -433,7 +447,7 @@ class Run:
         "The base model's answers beside the tuned one's, both greedy and in the same template."
         from sftkit.training import asked
         tuned = self.generate(list(prompts), max_new_tokens)
-        with _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
+        with self._in_use, _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
         return Comparison([dict(prompt=asked(p), reference=_answer(self._parts()[2], p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
 
     def evaluate(self,
@@ -445,7 +459,7 @@ class Run:
         "Score the tuned model. Raises `DataError` if there are no rows to score."
         from sftkit.evaluate import evaluate
         model, tokenizer, encoder, stop_ids = self._parts()
-        return Scores(evaluate(model, tokenizer, self._held_out() if data is None else read_rows(data), encoder, metrics, batch_size, max_new_tokens, stop_ids))
+        with self._in_use: return Scores(evaluate(model, tokenizer, self._held_out() if data is None else read_rows(data), encoder, metrics, batch_size, max_new_tokens, stop_ids))
 
     def _held_out(self):
         from sftkit.training import prepare
@@ -550,6 +564,18 @@ class _as_base:
         return Run(self.run.directory, self.run.recipe, model, tokenizer, encoder, stop_ids)
     def __exit__(self, *error):
         if self.off: self.off.__exit__(*error)
+
+# %% ../nbs/12_session.ipynb #5e2c81fa
+def _reply(run, kept, side, prompt, max_new_tokens, temperature):
+    "Pieces of the answer of the tuned model or its base; the model is in use until the iterator ends or is closed. `kept` holds a base that had to be loaded."
+    import torch
+    from sftkit.evaluate import stream
+    with run._in_use, torch.compiler.set_stance("force_eager"):
+        switch = None if side == "tuned" or kept else _as_base(run)
+        with switch or contextlib.nullcontext(kept.get("base", run) if side == "base" else run) as one:
+            if switch and switch.off is None: kept["base"] = one
+            model, tokenizer, encoder, stop_ids = one._parts()
+            yield from stream(model, tokenizer, encoder.prompt(prompt), max_new_tokens, stop_ids, **({"temperature": float(temperature)} if temperature else {}))
 
 # %% ../nbs/12_session.ipynb #443cf6a7
 def _answer(encoder, prompt): return encoder.reference(prompt) if isinstance(prompt, dict) else None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'few_marks',
            'smooth', 'series', 'nice_ticks', 'curve_svg', 'panels_svg', 'svg_image', 'gauge_html', 'compare_html',
-           'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_page', 'plan_html', 'plan_text',
-           'report_html', 'history_figure']
+           'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_page', 'transcript_html', 'transcript_text',
+           'plan_html', 'plan_text', 'report_html', 'history_figure']
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
@@ -708,6 +708,43 @@ def preview_page(
         page = dict(rows=drawn, styles=[[_token_style(role, state), role, state] for role, state in styles])
         if max_tokens <= 8 or len(json.dumps(page, ensure_ascii=False).encode()) <= max_bytes: return page
         max_tokens //= 2
+
+# %% ../nbs/09_view.ipynb #c20c4905
+def _said_limit(turns, max_turns): return min(4000, 100_000 // (3 * max(min(turns, max_turns), 1))) # characters of one text, so that a long conversation stays small in the notebook
+
+def transcript_html(
+    turns:list, # dicts: user; base and tuned (text, or None if not asked); note (stopped, or an error) or ""
+    title:str="chat", # of the run
+    system:str="", # system message, if one was sent
+    max_turns:int=30, # the last are shown; the rest is counted
+)->str: # HTML with inline styles only
+    "A conversation at rest, base and tuned side by side."
+    plain = "text-align:left;vertical-align:top;border:0;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere"
+    names = [n for n in ("base", "tuned") if any(t.get(n) is not None for t in turns)]
+    wide, body, limit = max(len(names), 1), [], _said_limit(len(turns), max_turns)
+    row = lambda inner: body.append(_tag("tr", inner, style="background:transparent"))
+    said = lambda name, text: _tag("span", name, style="font-size:11px;opacity:.7") + "<br>" + html_escape(text, limit)
+    for t in turns[-max_turns:]:
+        row(_tag("td", said("you", t["user"]), colspan=wide, style=f"{plain};padding:8px 14px 6px 0;border-top:{_RULE};font-weight:600"))
+        if names: row("".join(_tag("td", said(n, t[n] if t.get(n) is not None else "–"), style=f"{plain};padding:2px 18px 10px 0;width:{100 // wide}%") for n in names))
+        if t.get("note"): row(_tag("td", "⚠ " + html_escape(t["note"], 1200), colspan=wide, style=f"{plain};padding:0 14px 8px 0;font-size:12px"))
+    earlier = _tag("div", f"{len(turns) - max_turns:,} earlier turns are not shown", style=_SMALL) if len(turns) > max_turns else ""
+    order = _tag("div", "system: " + html_escape(system, 2000), style=f"{_SMALL};white-space:pre-wrap;overflow-wrap:anywhere") if system else ""
+    table = _tag("table", _tag("tbody", "".join(body)), style=f"{_TABLE};table-layout:fixed") if turns else _tag("div", "nothing was said yet", style=_SMALL)
+    return _tag("div", _heading(title) + order + earlier + table, style=f"{_BOX};max-width:960px")
+
+def transcript_text(
+    turns:list, # as for `transcript_html`
+    system:str="", # system message, if one was sent
+    max_turns:int=30, # the last are shown; the rest is counted
+)->str: # lines
+    "A conversation for a terminal or a log."
+    out, limit = [f"system: {visible(clip(system, 2000))}"] if system else [], _said_limit(len(turns), max_turns)
+    if len(turns) > max_turns: out.append(f"{len(turns) - max_turns:,} earlier turns are not shown")
+    for t in turns[-max_turns:]:
+        out += [f"{name:>6}: {visible(clip(text, limit))}" for name, text in (("you", t["user"]), ("base", t.get("base")), ("tuned", t.get("tuned"))) if text is not None]
+        if t.get("note"): out.append(f"     !  {visible(clip(t['note'], 1200))}")
+    return "\n".join(out) or "nothing was said yet"
 
 # %% ../nbs/09_view.ipynb #e3d54148
 def plan_html(

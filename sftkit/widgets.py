@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
-           'Publisher', 'live', 'watch', 'Panel', 'PreviewView']
+           'Publisher', 'live', 'watch', 'Panel', 'PreviewView', 'Chat', 'ChatView']
 
 # %% ../nbs/10_widgets.ipynb #61f133b4
 import bisect, contextlib, importlib.resources, logging, os, sys, threading, time, uuid
@@ -12,8 +12,8 @@ from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
 from .events import RunDirectory, read_events
-from .view import preview_html, preview_page, preview_text
-from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible, few_marks
+from .view import preview_page, transcript_html, transcript_text
+from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, html_escape, run_html, run_text, visible, few_marks
 from .view import _headline, _memory_words, _number, _pair_samples, _preview_headline, _scores, _STATES
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
@@ -499,3 +499,192 @@ class PreviewView(Panel):
         whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
         if split not in list(self._rows) or which not in ("all", "cut", "lost answer") or template not in ("", *self.about["templates"]) or not whole(start) or not (row is None or whole(row)): return
         self.send(self.page(split, start, template, which, row))
+
+# %% ../nbs/10_widgets.ipynb #b3f7a182
+class Chat:
+    "A conversation with the tuned model and its base. `chat.ask(\"...\")` asks and prints, anywhere; a notebook with widgets shows a panel to type into."
+    def __init__(self,
+        answer, # (side, prompt, max_new_tokens=, temperature=) -> iterator of str; `prompt` is a list of messages, or a text where `turns_are_sent` is False
+        sides:tuple=("tuned", "base"), # in the order in which they answer
+        title:str="chat",
+        turns_are_sent:bool=True, # False for models of plain text: each question is sent alone, as it is
+        max_new_tokens:int=256, # longest answer
+        temperature:float=0.0, # 0: the likeliest token each time
+        system:str="", # system message
+    ):
+        self.title, self.sides, self.turns_are_sent, self.turns, self._answer, self._views = title, tuple(sides), turns_are_sent, [], answer, []
+        self._working, self._stop = threading.Lock(), threading.Event()
+        self.settings(max_new_tokens, temperature, system)
+
+    def settings(self, max_new_tokens:int|None=None, temperature:float|None=None, system:str|None=None)->"Chat":
+        "Change what is given, for the answers to come. Raises `RunError` for values that make no sense."
+        real = lambda v, kinds: isinstance(v, kinds) and not isinstance(v, bool)
+        if max_new_tokens is not None and not (real(max_new_tokens, int) and 1 <= max_new_tokens <= 100_000): raise RunError(f"max_new_tokens is {max_new_tokens!r}; a whole number from 1 to 100000 is accepted, e.g. 256.")
+        if temperature is not None and not (real(temperature, (int, float)) and 0 <= temperature <= 10): raise RunError(f"temperature is {temperature!r}; a number from 0 (greedy) to 10 is accepted, e.g. 0.7.")
+        if system is not None and not isinstance(system, str): raise RunError(f"system is {type(system).__name__}; a text is accepted.")
+        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("system", system)):
+            if value is not None: setattr(self, name, value)
+        return self
+
+    def messages(self,
+        side:str, # whose conversation; each model goes on from its own answers
+        text:str, # the question
+    ): # list of messages, or the text alone
+        "What is sent for a question."
+        if not self.turns_are_sent: return text
+        said = [m for t in self.turns if t["note"] != "…" and (t.get(side) or "").strip() for m in ({"role": "user", "content": t["user"]}, {"role": "assistant", "content": t[side]})]
+        return [*([{"role": "system", "content": self.system}] if self.system.strip() else []), *said, {"role": "user", "content": text}]
+
+    @property
+    def busy(self)->bool: return self._working.locked()
+
+    def _begin(self, text, sides):
+        if not isinstance(text, str) or not text.strip(): raise RunError("The question is empty. Type a text, e.g. chat.ask(\"Hello\").")
+        if not self._working.acquire(blocking=False): raise RunError("The answer before is still being written. Wait for its end, or type chat.stop().")
+        self._stop.clear()
+        sides = [s for s in self.sides if s in (sides or self.sides)]
+        prompts = {side: self.messages(side, text) for side in sides}
+        turn = dict(user=text, base=None, tuned=None, note="…")
+        self.turns.append(turn)
+        self._tell("turn", turn)
+        return turn, prompts
+
+    def _reply(self, turn, prompts, say):
+        try:
+            for side, prompt in prompts.items():
+                if self._stop.is_set(): break
+                turn[side] = ""
+                with contextlib.closing(self._answer(side, prompt, max_new_tokens=self.max_new_tokens, temperature=self.temperature)) as pieces:
+                    for piece in pieces:
+                        if self._stop.is_set(): break
+                        turn[side] += piece
+                        say(side, piece)
+            turn["note"] = "stopped" if self._stop.is_set() else ""
+        except BaseException as e:
+            turn["note"] = "stopped" if isinstance(e, KeyboardInterrupt) else f"{type(e).__name__}: {e}"
+            raise
+        finally:
+            self._working.release()
+            self._tell("end", turn)
+
+    def _tell(self, what, turn, side=None):
+        for view in list(self._views): view.told(what, turn, side)
+
+    def ask(self,
+        text:str, # the question
+        sides=None, # ("tuned",) to leave the base out; by default both
+    ):
+        "Ask, and print the answers as they are written. Raises `RunError` while another answer is being written."
+        turn, prompts = self._begin(text, sides)
+        begun = set()
+        def say(side, piece):
+            print((("\n" if begun - {side} else "") + f"{side}: " if side not in begun else "") + visible(piece), end="", flush=True)
+            begun.add(side)
+            self._tell("piece", turn, side)
+        try: self._reply(turn, prompts, say)
+        finally: print(flush=True)
+
+    def send(self,
+        text:str, # the question
+        sides=None, # as for `ask`
+    )->threading.Thread: # ends with the answers
+        "Ask on a thread of its own; the answers come into `turns` and into the panels that show this chat."
+        turn, prompts = self._begin(text, sides)
+        def work():
+            try: self._reply(turn, prompts, lambda side, piece: self._tell("piece", turn, side))
+            except Exception as e: _log.info("%s: no answer: %s", self.title, e) # the panel says it, in the turn's note
+        thread = threading.Thread(target=work, name="sftkit-chat", daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self):
+        "Stop the answer that is being written; what is there of it stays."
+        self._stop.set()
+
+    def clear(self):
+        "Forget the conversation. Raises `RunError` while an answer is being written."
+        if self.busy: raise RunError("An answer is still being written. Type chat.stop() first.")
+        self.turns.clear()
+        self._tell("clear", None)
+
+    def _static(self):
+        return {"text/html": transcript_html(self.turns, self.title, self.system if self.turns_are_sent else ""), "text/plain": transcript_text(self.turns, self.system if self.turns_are_sent else "")}
+    def _hint(self): return "" if self.turns else "Ask with chat.ask(\"...\"), or with run.generate(messages)."
+    def _ipython_display_(self):
+        if choose_renderer() != "widget": raise NotImplementedError # IPython goes on with the static forms
+        ChatView(self).show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if choose_renderer() == "widget": return ChatView(self)._repr_mimebundle_()
+        return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+    def _repr_html_(self)->str: return self._static()["text/html"] + (f'<div style="font-size:12px">{html_escape(self._hint())}</div>' if self._hint() else "")
+    def __repr__(self)->str: return f"{visible(self.title)}\n{self._static()['text/plain']}" + (f"\n{self._hint()}" if self._hint() else "")
+
+# %% ../nbs/10_widgets.ipynb #f9406c2d
+class ChatView(Panel):
+    "A `Chat` to type into."
+    _esm = _script("chat")
+    about = traitlets.Dict().tag(sync=True) # title, sides, turns_are_sent
+    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
+    interval = 0.06 # seconds between messages while an answer is written
+
+    def __init__(self,
+        chat, # `Chat`
+    ):
+        self._chat, self._seq, self._next, self._sent = chat, 0, 0.0, {}
+        super().__init__(about=dict(title=visible(clip(chat.title, 200)), sides=list(chat.sides), turns_are_sent=chat.turns_are_sent))
+        chat._views.append(self)
+
+    def static(self): return self._chat._static()
+
+    def get_state(self, key=None, drop_defaults=False):
+        with self._busy if hasattr(self, "_busy") else contextlib.nullcontext():
+            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
+            state = super().get_state(key, drop_defaults)
+            self._trait_values["history"] = {}
+        return state
+
+    def _turn(self, turn): return {k: None if v is None else visible(clip(v, 8_000 if k != "note" else 1200)) for k, v in turn.items()}
+    def _whole(self, most=50):
+        c = self._chat
+        return dict(seq=self._seq, first=max(len(c.turns) - most, 0), turns=[self._turn(t) for t in c.turns[-most:]], busy=c.busy, max_new_tokens=c.max_new_tokens, temperature=c.temperature, system=c.system)
+
+    def _tell(self, **message):
+        self._seq += 1
+        self.send(dict(message, seq=self._seq))
+
+    def told(self,
+        what:str, # "turn", "piece", "end" or "clear"
+        turn, # the turn that is meant
+        side:str|None=None, # who said the piece
+    ):
+        "Pass on what happened in the chat. Pieces that come fast are sent together."
+        with self._busy:
+            if what == "piece":
+                if time.monotonic() < self._next: return
+                self._next = time.monotonic() + self.interval
+            if what == "clear": self._tell(cleared=True)
+            else:
+                number, shown = next(i for i, t in enumerate(self._chat.turns) if t is turn), self._turn(turn)
+                before = self._sent.get(number, {}) if what == "piece" else {}
+                self._sent = {number: shown}
+                grown = {k: v[len(before[k]):] for k, v in shown.items() if k in self._chat.sides and v and before.get(k) and v.startswith(before[k])}
+                if before and all(shown[k] == before.get(k) for k in shown if k not in grown): self._tell(turn=number, grown=grown)
+                else: self._tell(turn=number, whole=shown, busy=self._chat.busy)
+        if what in ("end", "clear"): self.refresh()
+
+    def _asked(self, widget, content, buffers):
+        if not isinstance(content, dict): return
+        kind, c = content.get("type"), self._chat
+        try:
+            if kind == "ask":
+                c.settings(content.get("max_new_tokens"), content.get("temperature"), content.get("system"))
+                sides = content.get("sides")
+                c.send(content.get("text"), [s for s in sides if s in c.sides] if isinstance(sides, list) else None)
+            elif kind == "stop": c.stop()
+            elif kind == "clear": c.clear()
+        except SftkitError as e: self._tell(refused=visible(clip(e, 1200)))
+
+    def close(self):
+        "Close the panel; the chat goes on without it."
+        if self in self._chat._views: self._chat._views.remove(self)
+        super().close()

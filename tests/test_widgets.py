@@ -395,3 +395,129 @@ def test_a_panel_shows_its_place_and_its_static_form(nowhere):
     nowhere.setenv("VSCODE_PID", "7"); v.show()
     assert "application/vnd.jupyter.widget-view+json" in outputs[3] and outputs[3]["text/html"] == ""; v.close()
     assert v.comm is None
+
+
+# --- the conversation
+
+from sftkit.widgets import Chat, ChatView # noqa: E402
+
+def echo(side, prompt, max_new_tokens, temperature):
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    for i, word in enumerate(text.split(" ")[:max_new_tokens]): yield (" " if i else "") + (word.upper() if side == "tuned" else word)
+
+class Slow:
+    "Answers that go on until they are stopped."
+    def __init__(self): self.closed, self.started = [], threading.Event()
+    def __call__(self, side, prompt, max_new_tokens, temperature):
+        try:
+            while True: self.started.set(); time.sleep(0.002); yield "la "
+        finally: self.closed.append(side)
+
+def wait_for(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true(): assert time.monotonic() < end; time.sleep(0.005)
+
+def test_each_model_goes_on_from_its_own_answers():
+    c = Chat(echo, system="Be brief.")
+    c.ask("one two"); c.ask("three", sides=("tuned",))
+    assert c.turns == [dict(user="one two", base="one two", tuned="ONE TWO", note=""), dict(user="three", base=None, tuned="THREE", note="")]
+    assert c.messages("tuned", "x") == [{"role": "system", "content": "Be brief."}, *({"role": r, "content": t} for r, t in (("user", "one two"), ("assistant", "ONE TWO"), ("user", "three"), ("assistant", "THREE"), ("user", "x")))]
+    assert [m["content"] for m in c.messages("base", "x")] == ["Be brief.", "one two", "one two", "x"] # what the base was not asked is no part of its conversation
+    c.clear(); assert c.turns == [] and Chat(echo, turns_are_sent=False, system="s").messages("base", "x") == "x"
+
+def test_ask_prints_in_scripts(capsys):
+    Chat(echo).ask("good \u202eday")
+    assert capsys.readouterr().out == "tuned: GOOD ⟨U+202E⟩DAY\nbase: good ⟨U+202E⟩day\n"
+
+def test_a_chat_stops_and_says_so(told):
+    slow = Slow(); c = Chat(slow); v = ChatView(c)
+    thread = c.send("sing"); wait_for(lambda: len(c.turns[0]["tuned"] or "") > 30)
+    with pytest.raises(RunError, match="still being written"): c.ask("again")
+    with pytest.raises(RunError, match="stop"): c.clear()
+    v._asked(v, {"type": "stop"}, []); thread.join(5)
+    assert c.turns[0]["note"] == "stopped" and c.turns[0]["base"] is None and slow.closed == ["tuned"] and not c.busy
+    assert told[0]["whole"]["note"] == "…" and told[-1]["whole"] == c.turns[0] and told[-1]["busy"] is False and [m["seq"] for m in told] == list(range(1, len(told) + 1)); v.close()
+
+def test_pieces_add_up_to_the_answer(told):
+    c = Chat(echo); v = ChatView(c); v.interval = 0
+    c.ask("a <b> 🤗 \u202e c"); turn = None
+    for m in told:
+        if "whole" in m: turn = m["whole"]
+        for side, more in m.get("grown", {}).items(): turn[side] += more
+    assert turn == {**c.turns[0], "user": "a <b> 🤗 ⟨U+202E⟩ c", "base": "a <b> 🤗 ⟨U+202E⟩ c", "tuned": "A <B> 🤗 ⟨U+202E⟩ C"} and any("grown" in m for m in told); v.close()
+
+def test_an_answer_that_fails_is_said_and_the_chat_goes_on(told):
+    def broken(side, prompt, **kw):
+        yield "so "
+        raise MemoryError("CUDA out of memory")
+    c = Chat(broken); v = ChatView(c); c.send("x").join(5)
+    assert c.turns[0] == dict(user="x", base=None, tuned="so ", note="MemoryError: CUDA out of memory") and not c.busy and told[-1]["whole"]["note"].startswith("MemoryError")
+    with pytest.raises(MemoryError): c.ask("y")
+    assert not c.busy and len(c.turns) == 2; v.close()
+
+def test_interrupting_ask_keeps_what_is_there():
+    def interrupted(side, prompt, **kw):
+        yield "half"
+        raise KeyboardInterrupt
+    c = Chat(interrupted)
+    with pytest.raises(KeyboardInterrupt): c.ask("x")
+    assert c.turns[0]["tuned"] == "half" and c.turns[0]["note"] == "stopped" and not c.busy
+
+def test_messages_from_the_page_are_checked(told):
+    c = Chat(echo); v = ChatView(c)
+    for m in (dict(text=""), dict(text=7), dict(text="x", temperature=-1), dict(text="x", temperature="hot"), dict(text="x", max_new_tokens=0), dict(text="x", max_new_tokens=True), dict(text="x", system=3)): v._asked(v, {"type": "ask", **m}, [])
+    assert c.turns == [] and all("refused" in m for m in told) and len(told) == 7
+    for m in ("junk", {}, {"type": "rm"}): v._asked(v, m, [])
+    v._asked(v, {"type": "ask", "text": "x", "sides": ["tuned", "../x", []]}, []); wait_for(lambda: not c.busy)
+    assert c.turns[0]["base"] is None and c.turns[0]["tuned"] == "X" and len(told) > 7
+    v._asked(v, {"type": "clear"}, []); assert c.turns == [] and told[-1]["cleared"] is True; v.close()
+
+def test_a_page_gets_the_conversation_bounded():
+    c = Chat(echo); c.turns += [dict(user=HOSTILE * 1000, base="b" * 50_000, tuned="t" * 50_000, note="")] * 80
+    v = ChatView(c); h = v.get_state("history")["history"]
+    assert len(h["turns"]) == 50 and h["first"] == 30 and "\u202e" not in json.dumps(h, ensure_ascii=False) and v.history == {}
+    assert len(json.dumps(h)) < 1_500_000 and len(json.dumps(v.static())) < 500_000; v.close()
+
+@pytest.mark.parametrize("renderer", ["widget", "html", "plain"])
+def test_a_chat_has_every_form(nowhere, renderer):
+    c = Chat(echo, title="Chat with <x>")
+    nowhere.setattr(widgets, "_shell", lambda: None if renderer == "plain" else Shell); nowhere.setenv("SFTKIT_RENDERER", renderer)
+    assert "chat.ask(" in repr(c) and "chat.ask(" in c._repr_html_() and "<x>" not in c._repr_html_()
+    c.ask(HOSTILE); bundle = c._repr_mimebundle_(); data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "<script" not in data["text/html"] and "&lt;script" in data["text/html"] and "<script>" in data["text/plain"] and "chat.ask(" not in repr(c)
+    assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget")
+    if renderer != "widget":
+        with pytest.raises(NotImplementedError): c._ipython_display_()
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_chatting_with_a_run(tiny, adapter):
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}"}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(32)]
+    plan = Session(tiny, project="chatted").data(rows)
+    run = (plan.lora(r=4) if adapter else plan).fit(epochs=2, lr=2e-2)
+    c = run.chat(max_new_tokens=12)
+    c.ask("turn on light 3"); c.send("and light 4").join(60)
+    asked = [{"role": "user", "content": "turn on light 3"}, None, {"role": "user", "content": "and light 4"}]
+    for side in ("base", "tuned"):
+        history = [{"role": "assistant", "content": c.turns[0][side]} if m is None else m for m in asked]
+        if c.turns[0][side].strip(): assert c.turns[1][side] == run.versus_base([history], 12)[0][side], side
+    first = run.versus_base(["turn on light 3"], 12)[0]
+    assert (c.turns[0]["base"], c.turns[0]["tuned"]) == (first["base"], first["tuned"]) and first["base"] != first["tuned"]
+    assert c.turns[1]["note"] == "" and "Chat with chatted" in repr(c)
+
+def test_a_cell_that_uses_the_model_waits_for_the_chat(tiny):
+    "While the base answers, the adapter is off; run.generate must not get the base's answer."
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}"}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(32)]
+    run = Session(tiny, project="shared").data(rows).lora(r=4).fit(epochs=2, lr=2e-2)
+    before, c = run.generate("turn on light 5", 12), run.chat(max_new_tokens=400, temperature=1.0)
+    for _ in range(3):
+        thread = c.send("turn on light 5", sides=("base",)); wait_for(lambda: c.turns[-1]["base"] is not None)
+        assert run.generate("turn on light 5", 12) == before
+        c.stop(); thread.join(60)
+
+def test_a_chat_without_chat_template_continues_text(tiny, text_file):
+    from sftkit import Session
+    run = Session(tiny, project="plain").data(text_file).lora(r=4).fit(epochs=1)
+    c = run.chat(base=False, max_new_tokens=6); c.ask("Question: what")
+    assert not c.turns_are_sent and c.sides == ("tuned",) and c.turns[0]["tuned"] == run.generate("Question: what", 6)
