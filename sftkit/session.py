@@ -610,8 +610,19 @@ def compare(
     return Compared([r if isinstance(r, Run) else Run.open(r) for r in runs])
 
 class Compared:
-    "What `compare` returns; `differences` and `results` are DataFrames, `plot()` a figure."
+    "What `compare` returns; `differences` and `results` are DataFrames, `plot()` a figure. Shown, it is a panel where there are widgets, and follows runs that still train."
     def __init__(self, runs): self.runs = runs
+
+    @property
+    def _named(self): # name -> Run: the folder's name where that tells them apart, else its path
+        names = [r.path.name for r in self.runs]
+        return dict(zip(names if len(set(names)) == len(names) else [str(r.path) for r in self.runs], self.runs))
+    def _differing(self): return {field: [self._plain(v) for v in row] for field, row in zip(self.differences.index, self.differences.values.tolist())}
+    @staticmethod
+    def _plain(v): return None if v is None or v != v else v # pandas turns None into NaN
+    def _panel(self):
+        from sftkit.widgets import CompareView
+        return CompareView(self._named, self._differing())
 
     @property
     def differences(self): # pandas.DataFrame: a row per recipe field that differs, a column per run
@@ -639,5 +650,15 @@ class Compared:
             if "eval_loss" in h: fig.add_scatter(x=h.step[h.eval_loss.notna()], y=h.eval_loss.dropna(), mode="markers", name=f"{run.path} eval")
         return fig
 
-    def _repr_html_(self)->str: return f"{self.results._repr_html_()}{self.differences._repr_html_()}"
-    def __repr__(self)->str: return f"{self.results}\n\n{self.differences}"
+    def _ipython_display_(self):
+        if not _widgets_work(): raise NotImplementedError # IPython goes on with the static forms
+        self._panel().show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if _widgets_work(): return self._panel()._repr_mimebundle_()
+        return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+    def _repr_html_(self)->str:
+        from sftkit.view import compare_runs_html
+        return compare_runs_html({name: r.events for name, r in self._named.items()}, self._differing())
+    def __repr__(self)->str:
+        from sftkit.view import compare_runs_text
+        return compare_runs_text({name: r.events for name, r in self._named.items()}, self._differing())

@@ -6,7 +6,8 @@
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'few_marks',
            'smooth', 'series', 'nice_ticks', 'curve_svg', 'panels_svg', 'svg_image', 'gauge_html', 'compare_html',
            'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_page', 'transcript_html', 'transcript_text',
-           'plan_html', 'plan_text', 'report_html', 'history_figure']
+           'plan_html', 'plan_text', 'report_html', 'run_ink', 'compare_curves', 'compare_svg', 'results_table',
+           'differences_table', 'compare_runs_html', 'compare_runs_text', 'history_figure']
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
@@ -812,6 +813,115 @@ def report_html(
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html_escape(title, 200)}</title><style>{_REPORT_CSS}</style>'
     footer = "<footer>Made by sftkit from the events of the run.</footer>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{_tag("main", "".join(parts) + footer)}</body></html>'
+
+# %% ../nbs/09_view.ipynb #bc3ffed0
+_RUN_INKS = ("#3b7dd8", "#d9780a", "#16946a", "#9a67c4", "#c2467e", "#7d838c", "#a8861b", "#2a9bb0")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
+
+def run_ink(
+    number:int, # of the run among those compared, from 0
+)->tuple[str, str]: # colour, dash pattern of its line ("": solid)
+    "How a run is drawn beside others."
+    return _RUN_INKS[number % len(_RUN_INKS)], _DASHES[number % len(_DASHES)]
+
+def compare_curves(
+    events, # events of a run, or a `Progress`
+    max_points:int=2000, # per curve
+)->dict: # JSON: loss (smoothed when there are enough steps) and evals, each [[step, trained tokens, seconds, value or None], ...]
+    "The curves with which a run is compared."
+    p = _as_progress(events)
+    steps, losses = _column(p.steps, "loss")
+    y, at, tokens, seconds = (smooth(steps, losses) if len(steps) > _FEW else losses), {}, 0, 0.0
+    for e in p.steps:
+        tokens, seconds = tokens + (e.get("tokens") or 0), seconds + (e.get("seconds") or 0.0)
+        at[e["step"]] = [tokens, round(seconds, 3)]
+    point = lambda step, value: [step, *at.get(step, [0, 0.0]), round(value, 5) if math.isfinite(value) else None]
+    es, ey = _column([e for e in p.evals if e["step"] in at or not e["step"]], "loss")
+    return dict(loss=[point(steps[i], y[i]) for i in decimate(y, max_points)], evals=[point(es[i], ey[i]) for i in decimate(ey, max_points)])
+
+# %% ../nbs/09_view.ipynb #d17c64a8
+def _spread(ends, gap=13): # pushes labels [y, ...] apart, downwards
+    ends.sort()
+    for before, after in zip(ends, ends[1:]): after[0] = max(after[0], before[0] + gap)
+    return ends
+
+def compare_svg(
+    runs:dict, # name -> what `compare_curves` returns
+    width:int=700, height:int=300, # in pixels
+)->str: # one <svg> element, readable on light and dark
+    "The losses of several runs on common axes, by optimizer step."
+    number = lambda v: math.nan if v is None else v
+    curves = [{k: ([p[0] for p in c[k]], [number(p[3]) for p in c[k]]) for k in ("loss", "evals")} for c in runs.values()]
+    values = [v for c in curves for k in c for v in c[k][1] if math.isfinite(v)]
+    last = max([1, *(a for c in curves for k in c for a in c[k][0])])
+    low, high, _ = _loss_range(dict(loss=((), values)))
+    left, top, right, bottom = box = 52, 28, width - 40, height - 42
+    fx = lambda v: left + v / last * (right - left)
+    fy = lambda v: bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - top)
+    body, ends = [_svg_axes(box, fx, fy, nice_ticks(0, last, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55)))], []
+    for i, (name, c) in enumerate(zip(runs, curves)):
+        ink, dash = run_ink(i)
+        body.append(_tag("path", _tag("title", html_escape(name, 200)), d=_path(*c["loss"], fx, fy), fill="none", stroke=ink, stroke_width=2, stroke_linejoin="round", **(dict(stroke_dasharray=dash) if dash else {})))
+        body += [_tag("circle", cx=float(fx(a)), cy=float(fy(b)), r=3.4, fill="none", stroke=ink, stroke_width=2) for a, b in zip(*c["evals"]) if math.isfinite(b)]
+        end = next(((a, b) for a, b in zip(reversed(c["loss"][0]), reversed(c["loss"][1])) if math.isfinite(b)), None)
+        if end: ends.append([fy(end[1]) + 4, fx(end[0]) + 8, str(i + 1), ink])
+    body += [_svg_text(x, y, label, ink=ink, size=11.5, font_weight=600) for y, x, label, ink in _spread(ends)]
+    if not values: body.append(_svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
+    return _svg(width, height, "".join(body), role="img", aria_label="loss of several runs by optimizer step", font_family=_FONT)
+
+# %% ../nbs/09_view.ipynb #6944e7f8
+def results_table(
+    runs:dict, # name -> events, or a `Progress`
+)->list: # [[heading, ...], [number, name, state, ...], ...], all text
+    "What came of several runs: a row per run."
+    head, rows = ["", "run", "state", "steps", "last loss", "best eval loss", "perplexity", "time", "tokens/s", "memory peak"], []
+    for i, (name, events) in enumerate(runs.items(), 1):
+        p = _as_progress(events)
+        f, best = p.facts(), min((_number(e.get("loss")) for e in p.evals if math.isfinite(_number(e.get("loss")))), default=None)
+        speed = human_number(round(f["tokens_per_second"])) if f["tokens_per_second"] else "–"
+        rows.append([str(i), name, _STATES.get(f["state"], f["state"] or "–"), f"{f['step']:,}" + (f" / {f['total_steps']:,}" if f["total_steps"] and f["total_steps"] != f["step"] else ""),
+                     human_number(f["smooth_loss"]), human_number(best), human_number(f["perplexity"]), human_seconds(f["elapsed"]), speed, human_bytes(f["peak_bytes"])])
+    return [head, *([visible(clip(v, 200)) for v in row] for row in rows)]
+
+def differences_table(
+    differences:dict, # recipe field -> list of values, one per run
+    names, # of the runs
+)->list: # [["", number and name, ...], [field, value, ...], ...], all text; secrets are left out or blotted out
+    "Where recipes differ, as a table."
+    shown = lambda v: "–" if v is None else _SECRET.sub("•••", v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))
+    rows = [[visible(clip(k, 80)), *(visible(clip(shown(v), 400)) for v in values)] for k, values in differences.items() if not (_SECRET_FIELD.search(k) and any(isinstance(v, str) for v in values))]
+    return [["", *(f"{i} {visible(clip(n, 80))}" for i, n in enumerate(names, 1))], *rows]
+
+def _grid(table, inks): # a table with a heading; `inks`: (row, column) -> colour of the dot before the text
+    cell = f"text-align:left;vertical-align:top;padding:3px 14px 3px 0;border:0;border-top:{_RULE};font-size:12px"
+    def one(tag, r, c, text, style):
+        dot = _tag("span", "●", style=f"color:{inks[r, c]}") + " " if (r, c) in inks else ""
+        return _tag(tag, dot + html_escape(text), style=style + (";overflow-wrap:anywhere" if len(text) > 24 else ";white-space:nowrap"))
+    head = "".join(one("th", 0, c, v, f"{cell};border-top:0;font-weight:600") for c, v in enumerate(table[0]))
+    body = "".join(_tag("tr", "".join(one("td", r, c, v, cell) for c, v in enumerate(row)), style="background:transparent") for r, row in enumerate(table[1:], 1))
+    return _tag("div", _tag("table", _tag("thead", _tag("tr", head, style="background:transparent")) + _tag("tbody", body), style=f"{_TABLE};width:auto"), style="overflow-x:auto")
+
+def compare_runs_html(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+    max_points:int=600, # per curve; fewer where there are many runs
+)->str: # HTML with inline styles only
+    "Runs side by side at rest: curves, results, and where the recipes differ."
+    curves = {name: compare_curves(e, max(60, min(max_points, 4000 // max(len(runs), 1)))) for name, e in runs.items()}
+    picture = svg_image(compare_svg(curves), f"losses of {len(runs)} runs by optimizer step", "width:100%;max-width:760px;height:auto;display:block")
+    results, other = results_table(runs), differences_table(differences, runs)
+    inks = [run_ink(i)[0] for i in range(len(runs))]
+    where = _grid(other, {(0, i + 1): ink for i, ink in enumerate(inks)}) if len(other) > 1 else _tag("div", "the recipes do not differ", style=_SMALL)
+    return _tag("div", _heading(f"{len(runs)} runs compared") + picture + _grid(results, {(i + 1, 0): ink for i, ink in enumerate(inks)}) + _heading("Where the recipes differ") + where, style=f"{_BOX};max-width:960px")
+
+def compare_runs_text(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+)->str: # two aligned tables
+    "Runs side by side for a terminal."
+    tables = [t for t in (results_table(runs), differences_table(differences, runs)) if len(t) > 1]
+    widths = [[max(len(row[i]) for row in t) for i in range(len(t[0]))] for t in tables]
+    return "\n\n".join("\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, wide)).rstrip().replace("\n", " ") for row in t) for t, wide in zip(tables, widths))
 
 # %% ../nbs/09_view.ipynb #15da231d
 def history_figure(

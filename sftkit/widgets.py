@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
-           'Publisher', 'live', 'watch', 'Panel', 'PreviewView', 'Chat', 'ChatView']
+           'Publisher', 'live', 'watch', 'Panel', 'PreviewView', 'Chat', 'ChatView', 'CompareView']
 
 # %% ../nbs/10_widgets.ipynb #61f133b4
-import bisect, contextlib, importlib.resources, logging, os, sys, threading, time, uuid
+import bisect, contextlib, importlib.resources, logging, math, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
-from .events import RunDirectory, read_events
-from .view import preview_page, transcript_html, transcript_text
+from .events import RUNNING, RunDirectory, read_events
 from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, html_escape, run_html, run_text, visible, few_marks
-from .view import _headline, _memory_words, _number, _pair_samples, _preview_headline, _scores, _STATES
+from .view import _headline, _memory_words, _number, _pair_samples, _scores, _STATES
+from .view import compare_curves, compare_runs_html, compare_runs_text, differences_table, preview_page, results_table, run_ink, transcript_html, transcript_text, _preview_headline
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
 _RENDERERS = ("widget", "html", "terminal", "plain")
@@ -637,16 +637,16 @@ class ChatView(Panel):
     def static(self): return self._chat._static()
 
     def get_state(self, key=None, drop_defaults=False):
-        with self._busy if hasattr(self, "_busy") else contextlib.nullcontext():
+        with self._busy:
             if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
             state = super().get_state(key, drop_defaults)
             self._trait_values["history"] = {}
         return state
 
-    def _turn(self, turn): return {k: None if v is None else visible(clip(v, 8_000 if k != "note" else 1200)) for k, v in turn.items()}
+    def _turn(self, turn, limit=8000): return {k: None if v is None else visible(clip(v, limit if k != "note" else 1200)) for k, v in turn.items()}
     def _whole(self, most=50):
         c = self._chat
-        return dict(seq=self._seq, first=max(len(c.turns) - most, 0), turns=[self._turn(t) for t in c.turns[-most:]], busy=c.busy, max_new_tokens=c.max_new_tokens, temperature=c.temperature, system=c.system)
+        return dict(seq=self._seq, first=max(len(c.turns) - most, 0), turns=[*(self._turn(t, 2000) for t in c.turns[-most:-1]), *map(self._turn, c.turns[-1:])], busy=c.busy, max_new_tokens=c.max_new_tokens, temperature=c.temperature, system=c.system)
 
     def _tell(self, **message):
         self._seq += 1
@@ -687,4 +687,85 @@ class ChatView(Panel):
     def close(self):
         "Close the panel; the chat goes on without it."
         if self in self._chat._views: self._chat._views.remove(self)
+        super().close()
+
+# %% ../nbs/10_widgets.ipynb #a0d6e427
+class CompareView(Panel):
+    "Several runs side by side, those that still train followed."
+    _esm = _script("compare")
+    about = traitlets.Dict().tag(sync=True) # runs of {name, ink, dash}, differences
+    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
+    interval, twin_seconds = 1.0, 10.0 # between looks at the events; between refreshes of the static form
+
+    def __init__(self,
+        runs:dict, # name -> `RunDirectory`, or something with a `directory` that is one, such as `Run`
+        differences:dict, # recipe field -> list of values, one per run
+    ):
+        self._runs, self._differences, self._seq, self._closed = runs, differences, 0, threading.Event()
+        self._progress, self._offsets, self._quiet = {name: Progress() for name in runs}, dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0)
+        self._max_points = max(60, min(2000, 8000 // max(len(runs), 1)))
+        names = [dict(name=visible(clip(n, 200)), ink=run_ink(i)[0], dash=run_ink(i)[1]) for i, n in enumerate(runs)]
+        self._read()
+        self._quiet = dict.fromkeys(runs, -math.inf) # a run that does not say its end may have died long ago
+        self._read()
+        super().__init__(about=dict(runs=names, differences=differences_table(differences, runs)))
+
+    def static(self): return {"text/html": compare_runs_html(self._progress, self._differences), "text/plain": compare_runs_text(self._progress, self._differences)}
+
+    def get_state(self, key=None, drop_defaults=False):
+        with self._busy:
+            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._message(list(self._runs))
+            state = super().get_state(key, drop_defaults)
+            self._trait_values["history"] = {}
+        return state
+
+    def _message(self, names): # curves of the runs called so, results of all
+        order = list(self._runs)
+        return dict(seq=self._seq, curves={order.index(n): compare_curves(self._progress[n], self._max_points) for n in names}, results=results_table(self._progress), live=[self._live(n) for n in order])
+
+    def _live(self, name): return self._progress[name].state in ("", *RUNNING)
+
+    def _read(self): # names of the runs that have something new
+        new = []
+        for name, run in self._runs.items():
+            if self._offsets[name] and not self._live(name): continue
+            p = self._progress[name]
+            try:
+                directory = getattr(run, "directory", run)
+                events, self._offsets[name] = read_events(directory.events_path, self._offsets[name])
+                if not events and time.monotonic() - self._quiet[name] > 5: # silence: is anybody still there?
+                    status = directory.status()
+                    if status.get("state") == "died": events = [status]
+                    self._quiet[name] = time.monotonic()
+            except SftkitError as e: events = [{"kind": "state", "state": "died", "error": str(e)}]
+            if events:
+                p.add(events); new.append(name)
+                self._quiet[name] = time.monotonic()
+        return new
+
+    def follow(self)->threading.Thread|None: # None where no run is going on
+        "Follow the runs that still train, on a thread that ends with the last of them."
+        if not any(map(self._live, self._runs)): return None
+        thread = threading.Thread(target=self._follow, name="sftkit-view-compare", daemon=True)
+        thread.start()
+        return thread
+
+    def _follow(self):
+        twin, pause = time.monotonic() + self.twin_seconds, self.interval
+        while any(map(self._live, self._runs)) and not self._closed.wait(pause):
+            began = time.monotonic()
+            with self._busy:
+                if new := self._read(): self._seq += 1; self.send(self._message(new))
+            if began > twin: self.refresh(); twin = began + self.twin_seconds
+            pause = max(self.interval, 20 * (time.monotonic() - began))
+        if not self._closed.is_set(): self.refresh()
+
+    def show(self):
+        super().show()
+        self.follow()
+        return self
+
+    def close(self):
+        "Close the view and stop following."
+        self._closed.set()
         super().close()

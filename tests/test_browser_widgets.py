@@ -109,9 +109,46 @@ def test_answers_grow_and_stop(server):
         nb.page.locator(".sft-p button[title='Forget this conversation']").click(); wait(nb, "p.dataset.turns === '0'"); assert unharmed(nb)
 
 
+RUNS = f"""
+import json, sys; sys.path.insert(0, {str(browser.ROOT/"tests")!r})
+from pathlib import Path
+from made_up_run import made_up_run
+from sftkit import Recipe, Run, compare
+def made_up(name, seed, steps, state="finished", **fields):
+    folder = Path(name); folder.mkdir()
+    Recipe(model="tiny", data_path="train.jsonl", project_name=name, **fields).to_yaml(folder/"recipe.yaml")
+    (folder/"events.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in made_up_run(steps, 100, seed, state)))
+    return Run.open(name)
+a, b, c = made_up("first", 0, 100, lr=1e-4), made_up("<b>second<", 1, 80, lr=2e-4, peft=True), made_up("third", 2, 40, "", lr=3e-4)
+compare(a, b, c)
+"""
+END = """
+with open("third/events.jsonl", "a") as f:
+    for e in made_up_run(100, 100, 2):
+        if e["kind"] == "step" and e["step"] > 40 or e.get("state") == "finished": f.write(json.dumps(e) + "\\n")
+"""
+
+def test_compare_follows_and_toggles(server, saved):
+    write_notebook(server.root/"compare.ipynb", [RUNS, END])
+    with notebook(server, "compare.ipynb", width=900) as nb:
+        nb.run_cell(0); wait(nb, "p.dataset.shown === '3' && p.querySelectorAll('.m-chart path').length === 3")
+        first, before = nb.page.locator(".m-chart path[data-run='0']").get_attribute("d"), int(data_of(nb)["points"])
+        assert data_of(nb)["live"] == "1" and nb.page.locator(".m-live").count() == 1
+        nb.page.locator(".m-legend button[data-run='1']").click(); wait(nb, "p.dataset.shown === '2' && p.querySelectorAll('.m-chart path').length === 2 && p.querySelector('.m-off')")
+        nb.page.locator(".m-legend button[data-run='1']").click(); wait(nb, "p.querySelectorAll('.m-chart path').length === 3")
+        nb.page.locator("button[data-axis=seconds]").click(); wait(nb, "p.querySelector('.m-chart').textContent.includes('seconds of training')")
+        nb.page.locator(".m-chart").hover(position={"x": 300, "y": 120}); wait(nb, "/1 first: [\\d.]+ at step \\d+/.test(p.querySelector('.m-read').textContent)")
+        nb.run_cell(1); wait(nb, "p.dataset.live === '0' && p.querySelector('.m-table').textContent.includes('✓ finished100')", 20) # the third run went on and ended
+        assert int(data_of(nb)["points"]) > before + 30 and "<b>second<" in nb.text(0) and unharmed(nb)
+        assert nb.page.evaluate("() => { const p = document.querySelector('.sft-p'); return p.scrollWidth <= p.clientWidth && p.clientWidth < 760; }")
+        nb.page.wait_for_timeout(500); nb.save()
+    saved["compare"] = "compare.ipynb"
+
+
 # --- what is left of them
 
-STATIC = {"preview": ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"], "chat": ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"]}
+STATIC = {"preview": ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"], "chat": ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"],
+          "compare": ["3 runs compared", "<b>second<", "0.0003", "Where the recipes differ", "✓ finished\t100"]}
 
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("name", list(STATIC))
