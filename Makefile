@@ -24,7 +24,7 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.deepspeed ## all tests, notebooks included
 	sh tests/chromium.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 notebooks: $(VENV)/.installed ## run the notebooks and keep their outputs
 	$(BIN)/python tests/notebooks.py --write

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -80,8 +81,40 @@ def rate(events):
     return rates[len(rates) // 2]
 
 
+def memory_that_runs_out(base, device):
+    "A run that may only take some of what it wants must give the same losses, in smaller pieces."
+    wide = base.replace(batch_size=32, gradient_accumulation=1, gradient_checkpointing=False, mixed_precision="no", max_steps=4, compile=False)
+    whole, _, peak, *_ = fit(wide.replace(project_name="whole"))
+    total = torch.cuda.get_device_properties(device).total_memory
+    least = fit(wide.replace(project_name="least", batch_size=1, max_steps=2))[2]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((least + 0.4 * (peak - least)) / total)
+    try: cut, _, less, *_, events = fit(wide.replace(project_name="cut"))
+    finally: torch.cuda.set_per_process_memory_fraction(1.0)
+    gap, cuts = max(abs(x - y) for x, y in zip(whole, cut)), [e["most_tokens"] for e in events if e["kind"] == "oom"]
+    check("memory that runs out: same losses in smaller pieces", bool(cuts) and gap < 1e-3 and less < peak, largest_gap=gap, most_tokens=cuts, peak_GB=less / 1e9, unlimited_GB=peak / 1e9)
+
+
+def unsloth_against_ours(base):
+    "Unsloth's layers under our batches and loss: the losses of our own layers, and what they cost. Loading Unsloth rewrites classes for good, so this comes last."
+    options = dict(mixed_precision="bf16", max_steps=8, padding="right", compile=False)
+    plans = {"LoRA": base.replace(peft=True, lora_dropout=0.0, lr=1e-3, **options), "LoRA on int4": base.replace(peft=True, lora_dropout=0.0, lr=1e-3, quantization="int4", **options), "full": base.replace(**options)}
+    own = {name: fit(plan.replace(project_name=f"own-{name}")) for name, plan in plans.items()}
+    for name, plan in plans.items():
+        losses, seconds, peak, trained, run, events = fit(plan.replace(project_name=f"unsloth-{name}", unsloth=True))
+        gap, facts = max(abs(x - y) for x, y in zip(losses, own[name][0])), next(e for e in events if e["kind"] == "plan")
+        used = any("layers are Unsloth's" in e.get("text", "") for e in events)
+        check(f"Unsloth, {name}: the losses of our layers", used and abs(losses[0] - own[name][0][0]) < 0.05 and losses[-1] < losses[0], first=losses[0], own_first=own[name][0][0], last=losses[-1], own_last=own[name][0][-1], largest_gap=gap,
+              padding_free=facts["padding_free"], step_ms=1000 * seconds, own_step_ms=1000 * own[name][1], peak_GB=peak / 1e9, own_peak_GB=own[name][2] / 1e9)
+        if plan.peft:
+            reloaded, tokenizer = load_trained(run.path, torch.bfloat16, best_device(), plan.quantization)
+            check(f"Unsloth, {name}: the adapter loads without it", any("lora" in n for n, _ in reloaded.named_parameters()))
+        del trained
+
+
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=("memory", "unsloth"), help="these checks alone")
     parser.add_argument("--layers", type=int, default=12); parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tiny", action="store_true"); parser.add_argument("--out"); parser.add_argument("--worker", help="a recipe to carry out as one of several processes")
     a = parser.parse_args()
@@ -98,6 +131,9 @@ def main():
     data = write_jsonl("chat.jsonl", rows)
     base = Recipe(model=model, data_path=data, project_name="p", chat_template="chatml", max_steps=12, batch_size=8, gradient_accumulation=2, lr=1e-4, warmup_ratio=0.0, valid_split=20)
 
+    if a.only:
+        memory_that_runs_out(base, device) if a.only == "memory" else unsloth_against_ours(base)
+        return finish(a)
     loader = train_loader(Trainer(base).data)
     expected = truth(model, [b for b, _ in zip(loader, range(2))])
     peaks, runs = {}, {}
@@ -130,7 +166,7 @@ def main():
     on, off = (fit(base.replace(project_name=f"gc-{gc_}", gradient_checkpointing=gc_, mixed_precision="no", max_steps=4)) for gc_ in (True, False))
     check("recomputing activations: same losses", max(abs(x - y) for x, y in zip(on[0], off[0])) < 1e-4, gap=max(abs(x - y) for x, y in zip(on[0], off[0])), peak_on_GB=on[2] / 1e9, peak_off_GB=off[2] / 1e9)
     noted = fit(base.replace(project_name="flash", use_flash_attention_2=True, max_steps=1))[5]
-    check("flash-attn is used or its fallback named", any("flash" in e.get("text", "") for e in noted) or bool(__import__("importlib.util").util.find_spec("flash_attn")))
+    check("flash-attn is used or its fallback named", any("flash" in e.get("text", "") for e in noted) or bool(find_spec("flash_attn")))
     memory = next(e for e in reversed(noted) if e["kind"] == "memory")
     check("the gauge reads this device", memory["device"] == name and 0 < memory["allocated_bytes"] <= memory["limit_bytes"], allocated_GB=memory["allocated_bytes"] / 1e9, limit_GB=memory["limit_bytes"] / 1e9)
 
@@ -170,6 +206,13 @@ def main():
     merged = merge(run.path, "merged", [first["input_ids"][0, :64].tolist()], trained, device)
     check("int4 run merged into the full-precision base", merged.max_difference < 1e-3 * 30 and merged.dtype == "float32", to_adapter=merged.max_difference, to_trained=merged.trained_difference)
 
+    if device.type == "cuda":
+        memory_that_runs_out(base, device)
+        if find_spec("unsloth"): unsloth_against_ours(base)
+    return finish(a)
+
+
+def finish(a):
     if a.out: Path(a.out).write_text(json.dumps(results, indent=1))
     failed = sum(not r["ok"] for r in results)
     print(f"{len(results) - failed} passed, {failed} failed")

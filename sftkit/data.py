@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Row', 'plain', 'available_splits', 'read_rows', 'rows_hash', 'write_rows', 'store_rows', 'map_rows', 'Shape',
-           'detect_shape', 'conversation', 'aligned_tokens', 'Encoder', 'Encoded', 'encode_rows', 'split_rows',
-           'text_blocks', 'collate', 'pack_rows', 'collate_packed', 'sample_data']
+           'detect_shape', 'conversation', 'aligned_tokens', 'Encoder', 'Encoded', 'encode_rows', 'rows_on_both_sides',
+           'split_rows', 'text_blocks', 'collate', 'pack_rows', 'collate_packed', 'sample_data']
 
 # %% ../nbs/03_data.ipynb #f8dc78f0
 import ast, copy, csv, difflib, gzip, hashlib, importlib.resources, io, json, math, os, random, re, sys
@@ -117,6 +117,23 @@ def _columns_to_records(
     if not columns or not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1: return None
     return [dict(zip(table, cells)) for cells in zip(*columns)]
 
+def _rows_within(
+    found:dict, # the object that a .json file holds
+    name:str, # the file's, for errors
+)->list: # records
+    "The rows of an object: a table by columns, a list under one of its keys, or the object itself. Raises `DataError` where that can't be told."
+    lists = {k: v for k, v in found.items() if isinstance(v, list) and v}
+    objects = {k: v for k, v in lists.items() if all(isinstance(x, dict) for x in v)}
+    if not objects and (table := _columns_to_records(found)): return table
+    rows = [k for k, v in objects.items() if (_layouts(v[0]) or "text" in v[0]) and not {"role", "from"} & set(v[0])]
+    itself = isinstance(found.get("text"), str) or any(all(isinstance(found[c], str) or c in objects for c in layout) for layout in _layouts(found))
+    if not rows and (itself or not lists): return [found]
+    rows = rows or list(objects)
+    if len(rows) == 1: return found[rows[0]]
+    shown = ", ".join(f"`{k}` ({len(lists[k])})" for k in rows or lists)
+    if rows: raise DataError(f"{name} holds several lists of objects, and any could be the rows: {shown}. Keep one of them; splits stand in files of their own, such as train.json and test.json in a folder.")
+    raise DataError(f"{name} holds {shown}, which is no list of objects, beside other values, so it does not say what its rows are. It should be a list of objects, [{{\"text\": \"...\"}}, ...].")
+
 def _read_json(
     path:Path, # .json file
     text:str, # its text
@@ -127,10 +144,7 @@ def _read_json(
         if getattr(error, "msg", "") == "Extra data": return _read_jsonl(path, text)
         at = f"line {error.lineno} column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise DataError(f"{path.name} is not valid JSON, {at}. It should be a list of objects, [{{\"text\": \"...\"}}, ...].") from None
-    if isinstance(found, dict):
-        lists = [v for v in found.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
-        if len(found) == 1 and lists and not set(found) & {"messages", "conversations"}: found = lists[0]
-        else: found = (None if lists else _columns_to_records(found)) or [found]
+    if isinstance(found, dict): found = _rows_within(found, path.name)
     if not isinstance(found, list): raise DataError(f"{path.name} holds a {type(found).__name__}. It should be a list of objects, [{{\"text\": \"...\"}}, ...].")
     return [(record, f"{path.name} row {i}") for i, record in enumerate(found, 1)]
 
@@ -261,12 +275,13 @@ def _hub_splits(
     name:str, # "org/name", or "org/name:config"
 ): # a DatasetDict
     "A dataset from the Hub. Raises `DataError` if it is not there or the Hub can't be reached; never runs the dataset's code."
-    import datasets, httpx
+    import datasets
+    from huggingface_hub.errors import HTTPError                     # of whichever client it uses: httpx, or httpx2 since 2.4
     from huggingface_hub.utils import logging
     quiet, level = datasets.are_progress_bars_disabled(), logging.get_verbosity()
     datasets.disable_progress_bars(); logging.set_verbosity_error() # one message, instead of one for each retry
     try: return datasets.load_dataset(*name.split(":"))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
         first = str(error).strip().split("\n")[0][:300]
         raise DataError(f"{name!r} is no file or folder here, and as a Hub dataset it could not be loaded: {first.rstrip('.')}. Check the spelling and the connection "
                         "(a private dataset needs `hf auth login`; one with several configurations is named \"org/name:config\"), or give a local path.") from error
@@ -820,6 +835,16 @@ def _content(
     value = row.value if columns is None else {c: row.value[c] for c in columns if c in row.value}
     squeeze = lambda v: " ".join(v.split()) if isinstance(v, str) else {k: squeeze(x) for k, x in v.items()} if isinstance(v, dict) else [squeeze(x) for x in v] if isinstance(v, list) else str(v)
     return json.dumps(squeeze(value), ensure_ascii=False, sort_keys=True)
+
+def rows_on_both_sides(
+    train:list[Row], # rows trained on
+    valid:list[Row], # rows evaluated on
+    shape:Shape, # columns that make two rows duplicates
+)->list[tuple[Row, Row]]: # (evaluation row, the first training row like it)
+    "Which evaluation rows also stand in the training rows, by the same rule as in `split_rows`."
+    first = {}
+    for row in reversed(train): first[_content(row, shape.columns)] = row
+    return [(row, first[key]) for row in valid if (key := _content(row, shape.columns)) in first]
 
 def _valid_count(
     valid, # fraction or count

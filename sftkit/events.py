@@ -7,7 +7,7 @@ __all__ = ['RUNNING', 'EventLog', 'read_events', 'replay', 'flush_folder', 'proc
            'process']
 
 # %% ../nbs/01_events.ipynb #7592e428
-import json, math, os, re, socket, time
+import json, math, os, re, socket, time, uuid
 from pathlib import Path
 from .recipe import RunError, write_atomic
 
@@ -177,14 +177,14 @@ class RunDirectory:
         "Ask the process that trains here for something; it looks after every step."
         if name not in self.requests: raise RunError(f"`{name}` is not something a run can be asked for. Requests: {', '.join(self.requests)}.")
         if not self.is_running(): raise RunError(f"Nothing is training in `{self.path}`, so it cannot be asked to {name}.")
-        write_atomic(self.control_path, name)
+        self.control_path.mkdir(exist_ok=True)
+        (self.control_path/f"{time.time_ns()}-{uuid.uuid4().hex[:8]}-{name}").touch(exist_ok=False)
 
-    def take_request(self)->str|None: # the pending request, once
+    def take_requests(self)->list: # names in the order asked; each once
         "What was asked since the last call, for the training process."
-        try: name = self.control_path.read_text()
-        except FileNotFoundError: return None
-        self.control_path.unlink(missing_ok=True)
-        return name if name in self.requests else None
+        asked = sorted(self.control_path.glob("*-*-*"))
+        for path in asked: path.unlink()
+        return [name for path in asked if (name := path.name.rpartition("-")[2]) in self.requests]
 
 # %% ../nbs/01_events.ipynb #0557e24a
 def this_process()->dict: # {"pid", "host", "started"}, and "log_from" in a worker process

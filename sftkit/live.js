@@ -32,7 +32,8 @@ const CSS = `
 .sft-foot{display:flex;flex-wrap:wrap;align-items:center;gap:4px 14px;font-size:12px}
 .sft-gauge{position:relative;width:220px;max-width:100%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
 .sft-gauge i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:${TRAIN}} .sft-gauge i:first-child{opacity:.35}
-.sft-gauge i:last-child{top:-2px;bottom:-2px;width:2px;border-radius:0} .sft-gauge.sft-full i{background:${ALARM}}
+.sft-gauge .sft-peak,.sft-gauge .sft-forecast{top:-2px;bottom:-2px;width:2px;border-radius:0} .sft-gauge.sft-full i{background:${ALARM}}
+.sft-gauge .sft-forecast,.sft-gauge.sft-full .sft-forecast{background:${EVAL};width:3px} .sft-parts{position:absolute;left:0;right:0;top:0;height:8px;display:flex;border-radius:3px;overflow:hidden} .sft-parts span{flex:none}
 .sft-under label{display:flex;flex:none;align-items:center;gap:6px;opacity:.8} .sft-under input{width:84px;accent-color:${TRAIN};margin:0}
 .sft-notice{border-left:3px solid ${EVAL};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-notice.sft-bad{border-color:${ALARM}}
 .sft-samples{margin-top:6px;font-size:12px} .sft-samples summary{cursor:pointer;opacity:.8}
@@ -208,7 +209,7 @@ function mount(model, el, run) {
   const bar = node("div", "", node("div", "sft-bar", root)), tiles = node("div", "sft-tiles", root);
   const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), panels = node("div", "sft-panels", root), foot = node("div", "sft-foot", root);
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", "loss by optimizer step");
-  const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "", gauge)], words = node("span", "sft-soft", foot);
+  const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "sft-peak", gauge)], parts = node("div", "sft-parts", gauge), tick = node("i", "sft-forecast", gauge), words = node("span", "sft-soft", foot);
   const label = node("label", "", under, "smoothing"), slider = node("input", "", label), read = node("span", "sft-read", under);
   Object.assign(slider, { type: "range", min: 0, max: 100, value: 35, title: "Weight of the past in the smoothed curve" });
   const small = PANELS.map(([label]) => { const d = node("div", "", panels); return [node("span", "", d, label), node("canvas", "", d)]; });
@@ -253,6 +254,14 @@ function mount(model, el, run) {
     tiles.replaceChildren(...(f.headline || []).map(([k, v]) => { const d = node("div"); node("span", "", d, k); node("b", "", d, v); return d; }));
     gauge.hidden = !f.gauge; words.textContent = f.memory_words || "";
     if (f.gauge) { f.gauge.forEach((v, i) => { bars[i].style[i === 2 ? "left" : "width"] = i === 2 ? `calc(${100 * v}% - 2px)` : `${100 * v}%`; }); gauge.className = f.gauge[2] > 0.92 ? "sft-gauge sft-full" : "sft-gauge"; }
+    const shown = JSON.stringify(f.gauge_parts || []);
+    if (parts.dataset.shown !== shown) {
+      parts.dataset.shown = shown;
+      parts.replaceChildren(...(f.gauge_parts || []).map(([words, share, color]) => { const e = node("span"); e.title = words; e.style.cssText = `width:${100 * share}%;background:${color}`; return e; }));
+    }
+    tick.hidden = !f.gauge_forecast;
+    if (f.gauge_forecast) { tick.title = f.gauge_forecast[0]; tick.style.left = `calc(${100 * f.gauge_forecast[1]}% - 2px)`; }
+    gauge.title = [...(f.gauge_parts || []).map((p) => p[0]), ...(f.gauge_forecast ? [f.gauge_forecast[0]] : [])].join("\n");
     const said = run.refused || f.error || f.note || "";
     notice.hidden = !said; notice.textContent = said; notice.className = f.error && !run.refused ? "sft-notice sft-bad" : "sft-notice";
     label.style.visibility = run.points.length > FEW ? "" : "hidden";

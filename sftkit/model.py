@@ -6,16 +6,18 @@
 __all__ = ['FLAT', 'best_device', 'compute_dtype', 'load_tokenizer', 'add_tokens', 'attention_backend', 'check_quantized_source',
            'load_base', 'fit_embeddings', 'linear_layers', 'add_lora', 'absorb_quantization_error', 'parameter_counts',
            'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'earlier_weights',
-           'load_for_training', 'save_model', 'load_trained', 'score_tokens', 'causal_lm', 'token_loss_sum',
-           'distillation_sums', 'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'use_flat_attention',
-           'plain_attention', 'flat_batch', 'check_flat', 'mean_token_loss', 'sample_model']
+           'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth', 'load_for_training', 'save_model', 'load_trained',
+           'score_tokens', 'causal_lm', 'token_loss_sum', 'distillation_sums', 'check_teacher', 'load_teacher',
+           'check_scoring', 'check_packing', 'use_flat_attention', 'plain_attention', 'flat_batch', 'split_batch',
+           'check_flat', 'mean_token_loss', 'sample_model']
 
 # %% ../nbs/04_model.ipynb #bde37959
-import contextlib, functools, importlib.util, inspect, logging, os, shutil, tempfile, warnings
+import contextlib, functools, importlib.util, inspect, io, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from .events import RunDirectory
 from .recipe import ModelError, Recipe, did_you_mean
 
@@ -297,6 +299,41 @@ def _load_adapter(model, folder):
     model.config.use_cache = False
     with _quiet_peft(): return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
+# %% ../nbs/04_model.ipynb #c259efd7
+def unsloth_obstacle(
+    r:Recipe,
+    device:torch.device,
+    new_ids:list=(), # ids of tokens that the template adds to the model
+)->str|None: # why Unsloth cannot do this run; None: it can
+    "Whether Unsloth is there and does what the recipe says."
+    if importlib.util.find_spec("unsloth") is None: return "Unsloth is not installed (pip install unsloth; it needs an NVIDIA, AMD or Intel GPU)"
+    obstacles = [(device.type != "cuda", f"Unsloth needs a GPU, and this machine trains on {device.type}"), (int(os.environ.get("WORLD_SIZE", 1)) > 1, "Unsloth is driven in one process only"),
+                 (r.model.endswith(".gguf") or r.continue_from is not None, "Unsloth is given a model in safetensors, and neither GGUF files nor earlier runs"), (r.padding == "left", "Unsloth leaves out the mask of padding, which is right only where padding is on the right"),
+                 (r.peft and bool(new_ids), "Unsloth does not train single rows of new tokens"), (r.use_dora or r.modules_to_save is not None or r.init_lora_weights != "default", "Unsloth takes LoRA as it is, without DoRA, modules_to_save or an initialisation of its own")]
+    return next((why for met, why in obstacles if met), None)
+
+def load_with_unsloth(
+    r:Recipe,
+    tokenizer, # with the new tokens already added
+    dtype:torch.dtype, # compute format
+): # a model in train mode, with Unsloth's layers
+    "The model as the recipe describes it, made by Unsloth. What it prints is left out, and its statistics are off."
+    os.environ.update(UNSLOTH_DISABLE_STATISTICS="1")
+    warnings.filterwarnings("ignore", message=".*output of this custom operator", category=UserWarning)              # torch, hundreds of times, about the kernels it compiles for Unsloth
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), f"unsloth-{os.getuid()}"))      # else it makes a folder where the user works
+    recompute = "unsloth" if r.gradient_checkpointing is True else r.gradient_checkpointing == "auto"
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from unsloth import FastLanguageModel
+        model, _ = FastLanguageModel.from_pretrained(r.model, max_seq_length=r.max_seq_length, dtype=dtype if r.peft else torch.float32, load_in_4bit=r.quantization == "int4", load_in_8bit=r.quantization == "int8",
+                                                     full_finetuning=not r.peft, use_gradient_checkpointing=recompute, random_state=r.seed, trust_remote_code=r.trust_remote_code, fix_tokenizer=False, use_exact_model_name=True)
+        fit_embeddings(model, tokenizer)
+        targets = linear_layers(model) if r.target_modules == "all-linear" else _targets(model, r.target_modules)
+        if r.peft: model = FastLanguageModel.get_peft_model(model, r=r.lora_r, target_modules=targets, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, use_rslora=r.use_rslora, use_gradient_checkpointing=recompute, random_state=r.seed)
+    return model.train()
+
+def is_unsloth(base)->bool: return type(base.base_model).forward.__module__.startswith("unsloth")
+
 # %% ../nbs/04_model.ipynb #794ff8a0
 def load_for_training(
     r:Recipe,
@@ -308,6 +345,7 @@ def load_for_training(
     "The model as the recipe describes it: base, quantisation, token rows, adapter, checkpointing."
     from transformers import set_seed
     set_seed(r.seed)
+    if r.unsloth and unsloth_obstacle(r, device, new_ids) is None: return load_with_unsloth(r, tokenizer, dtype)
     weights, earlier = dtype if r.peft else torch.float32, earlier_weights(r)
     source = earlier if earlier and not _is_adapter(earlier) else r.model
     model = load_base(source, weights, device, r.quantization, attention_backend(r.use_flash_attention_2, device)[0], r.trust_remote_code)
@@ -333,6 +371,7 @@ def save_model(
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, state_dict=state, **extra)
+    (Path(folder)/"README.md").unlink(missing_ok=True)              # peft's is a form to fill in; a result gets a card that is filled in
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -363,14 +402,24 @@ def _logit_scale(config):
     scaling = getattr(config, "logits_scaling", None)
     return 1.0 if scaling is None else scaling if config.model_type == "hyperclovax" else 1 / scaling
 
+_CHUNK_LOGITS = 2**26 # held at a time; in fp32 256 MiB
+
 class _Head:
     "What turns hidden states into logits: the output layer, and the family's scale and cap."
     def __init__(self, base):
         config = base.config.get_text_config()
-        self.base, self.scale, self.softcap, self.vocab_size = base, _logit_scale(config), getattr(config, "final_logit_softcapping", None), config.vocab_size
+        self.layer, self.base, self.scale, self.softcap, self.vocab_size = None, base, _logit_scale(config), getattr(config, "final_logit_softcapping", None), config.vocab_size
+
+    def opened(self, hidden):
+        "The head for one pass. FSDP gathers a weight around one call of its module, and keeps the head's until the backward pass is over: so the module is called once, on no token, and the chunks use the weight it then has."
+        layer, self.layer = self.base.get_output_embeddings(), None
+        if isinstance(layer, FSDPModule) and isinstance(layer, nn.Linear):
+            layer(hidden[:0])
+            self.layer = functools.partial(nn.functional.linear, weight=layer.weight, bias=layer.bias)
+        return self
 
     def __call__(self, hidden): # (n, hidden) -> (n, vocab) fp32
-        logits = self.base.get_output_embeddings()(hidden).float()
+        logits = (self.layer or self.base.get_output_embeddings())(hidden).float()
         if self.scale != 1.0: logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
@@ -404,7 +453,8 @@ def score_tokens(
         if teacher is not None:
             with torch.no_grad(): parts = (teacher.base_model(*args, **kwargs).last_hidden_state[:, :-1][scored],)
             extra = (_Head(teacher), temperature)
-        chunk = max(64, 2**26 // head.vocab_size)                    # 2**26 fp32 logits are 256 MiB
+        chunk = max(64, _CHUNK_LOGITS // head.vocab_size)
+        head.opened(hidden)
         pieces = list(zip(*(t.split(chunk) for t in (hidden, labels, *parts)))) or [(hidden, labels, *parts)]
         run = lambda h, l, *t: _chunk_loss(h, l, head, *t, *extra)
         sums = run(*pieces[0]) if len(pieces) == 1 else sum(torch.utils.checkpoint.checkpoint(run, *piece, use_reentrant=False) for piece in pieces)
@@ -553,6 +603,10 @@ def use_flat_attention(
     base = causal_lm(model)
     name, before = type(base).__name__, base.config._attn_implementation
     dropout = [k for k in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob") if getattr(base.config.get_text_config(), k, 0)]
+    if is_unsloth(base):
+        try: check_flat(model, ids, dtype)
+        except (ModelError, ValueError) as e: return str(e)
+        return None
     if before not in ("sdpa", "flash_attention_2") or not getattr(base, "_can_set_attn_implementation", lambda: True)(): return f"{name} attends in a way of its own"
     if dropout and base.device.type == "cuda": return f"{name} drops attention weights at random ({dropout[0]})"
     AttentionInterface.register(FLAT, _flat_attention(base.device)); AttentionMaskInterface.register(FLAT, sdpa_mask)
@@ -579,6 +633,31 @@ def flat_batch(
     edges = torch.cat([starts, torch.tensor([real.sum()])]).to(torch.int32)
     flat["labels"][starts] = -100
     return {**{k: v[None] for k, v in flat.items()}, "cu_seq_lens": edges, "max_length": int(edges.diff().max()), **{k: v for k, v in batch.items() if k not in (*flat, "documents", "attention_mask")}}
+
+def split_batch(
+    batch:dict, # as `data.collate`, `data.collate_packed` or `flat_batch` make it
+    most:int|None, # tokens of a piece, padding included; a row (in a flat batch: a document) of more is a piece by itself; None: the batch as it is
+)->list: # batches of the same rows in the same order; their summed losses add up to that of the whole
+    "Cut a batch between its rows."
+    ids = batch["input_ids"]
+    if most is None or ids.numel() <= most: return [batch]
+    if "cu_seq_lens" in batch: return _split_flat(batch, most)
+    rows, real = max(1, most // ids.shape[1]), batch["documents" if "documents" in batch else "attention_mask"] > 0
+    pieces = []
+    for at in range(0, len(ids), rows):
+        used = real[at:at + rows].any(0).nonzero()[:, 0]
+        pieces.append({k: v[at:at + rows, used[0]:used[-1] + 1] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.shape == ids.shape})
+    return pieces
+
+def _split_flat(batch, most):
+    edges, cuts = batch["cu_seq_lens"].tolist(), [0]
+    for i in range(1, len(edges) - 1):
+        if edges[i + 1] - edges[cuts[-1]] > most: cuts.append(i)
+    pieces = []
+    for i, j in zip(cuts, [*cuts[1:], len(edges) - 1]):
+        starts = batch["cu_seq_lens"][i:j + 1] - edges[i]
+        pieces.append({**{k: batch[k][:, edges[i]:edges[j]] for k in ("input_ids", "labels", "position_ids")}, "cu_seq_lens": starts, "max_length": max(b - a for a, b in zip(edges[i:j], edges[i + 1:j + 1]))})
+    return pieces
 
 # %% ../nbs/04_model.ipynb #196c2917
 @torch.no_grad()
@@ -609,6 +688,7 @@ def _inputs(base, batch):
     "The arguments of `forward`. A mask of four dimensions is passed on as it is, so that none is made; `FLAT` attention does not look at it."
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
     if (edges := batch.get("cu_seq_lens")) is None: return inputs
+    if is_unsloth(base): return {**inputs, "use_cache": False, "packed_seq_lengths": edges.diff()}
     if base.config._attn_implementation == FLAT: inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=edges.device)
     return {**inputs, "use_cache": False, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": batch["max_length"], "max_length_k": batch["max_length"]}
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError', 'ModelError', 'RunError', 'did_you_mean',
-           'write_atomic', 'Recipe', 'recipe_fields', 'unknown_field', 'check_fields', 'raise_all', 'conflicts',
-           'parse_args']
+           'write_atomic', 'Recipe', 'recipe_fields', 'unknown_field', 'check_fields', 'raise_all', 'local_name',
+           'hub_name', 'check_hub_name', 'conflicts', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import dataclasses, difflib, math, os, types, typing
+import dataclasses, difflib, math, os, re, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,8 +139,8 @@ class Recipe:
     gpus: int|None = _opt(None, "machine", "GPUs to train on", low=1)
     nodes: int|None = _opt(None, "machine", "machines to train on", low=1)
 
-    push_to_hub: bool = _opt(False, "hub", "upload the result")
-    hub_model_id: str|None = _opt(None, "hub", "where to: org/name")
+    push_to_hub: bool = _opt(False, "hub", "upload the result, into a private repository, when training is done")
+    hub_model_id: str|None = _opt(None, "hub", "where `push_to_hub` uploads to: org/name, or name for your own account; None: named after the run")
     token: str|None = field(default=None, repr=False, compare=False, metadata=dict(group="hub", doc="hub token; never written to a file"))
     trust_remote_code: bool = _opt(False, "hub", "run Python code that comes with the model; only for models you trust")
 
@@ -153,7 +153,7 @@ class Recipe:
 
     def replace(self, **values)->"Recipe":
         "A copy with some fields changed, checked again."
-        return Recipe(**{**self.to_dict(defaults=True), **values})
+        return Recipe(**{**self.to_dict(defaults=True), **({"token": self.token} if self.token else {}), **values})
 
     def to_dict(self, defaults:bool=False)->dict:
         "Plain values by field name, without the token; only what differs from the default, unless `defaults`."
@@ -280,17 +280,36 @@ def raise_all(
     if len(mistakes) == 1: raise error(mistakes[0])
     if mistakes: raise error(f"{len(mistakes)} things to correct:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(mistakes, 1)))
 
+# %% ../nbs/00_recipe.ipynb #d9e74b02
+def local_name(
+    source:str|None, # hub id or path
+    local:bool=False, # whether it is known to be a path, though it doesn't look like one
+)->str|None: # a hub id as it is; of a path the last part, since the rest says something about the machine only
+    "What to call a model or a file where others read it."
+    if not source or not (local or re.match(r"[/\\~.]|[A-Za-z]:[/\\]", source)): return source
+    return re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+
 # %% ../nbs/00_recipe.ipynb #2e3b3240
-def _engines_to_come(r):
-    asked = dict(push_to_hub=r.push_to_hub)
-    return [f"`{n}={getattr(r, n)!r}` is not yet available in this version; leave `{n}` at its default, {recipe_fields()[n].default!r}." for n, on in asked.items() if on]
+def hub_name(
+    r:"Recipe",
+)->str: # org/name, or name for the account that the token belongs to
+    "Where the result of a run is uploaded to, unless something else is said: `hub_model_id`, else the name of the run."
+    return r.hub_model_id or os.path.basename(os.path.abspath(r.project_name))
+
+def check_hub_name(
+    name:str,
+)->str|None: # what is wrong with it, or None
+    "Whether the hub takes `name` as that of a repository."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try: validate_repo_id(name)
+    except HFValidationError: return "accepted: `org/name`, or `name` for your own account; letters, digits, `-`, `_` and `.`, at most 96, with no `--` or `..`, and none of `-` and `.` at the ends"
 
 # %% ../nbs/00_recipe.ipynb #7943e7a4
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
     "What in this recipe cannot work together, and what to type instead."
-    found = _engines_to_come(r)
+    found = []
     if r.quantization and not r.peft: found.append(f"`quantization={r.quantization!r}` freezes the weights, so something else must be trained: add `peft=True` (`--peft`, or `.lora()` in a notebook).")
     if r.quantization and r.distributed_backend in ("fsdp", "deepspeed"): found.append(f"`distributed_backend={r.distributed_backend!r}` shares weights out, which bitsandbytes' {r.quantization} weights do not allow: use \"ddp\", or no quantisation.")
     if r.teacher_model and not r.use_distillation: found.append(f"`teacher_model={r.teacher_model!r}` is given, but `use_distillation` is off: add `use_distillation=True`, or leave the teacher out.")
@@ -309,6 +328,9 @@ def conflicts(
     if isinstance(r.valid_split, (int, float)) and not isinstance(r.valid_split, bool) and (r.valid_split <= 0 or r.valid_split == 1): found.append(f"`valid_split` is {r.valid_split}; accepted: a split's name, a share such as 0.1, or a number of rows (2 or more).")
     if isinstance(r.valid_split, (int, float)) and r.valid_path: found.append("`valid_path` and a share of the training rows in `valid_split` are both given: keep one.")
     if r.use_dora and r.use_rslora and r.quantization == "int8": found.append("`use_dora` does not work on an int8 base: use `quantization=\"int4\"` or no quantisation.")
+    if r.hub_model_id and (wrong := check_hub_name(r.hub_model_id)): found.append(f"`hub_model_id` is {r.hub_model_id!r}; {wrong}.")
+    if r.hub_model_id and not r.push_to_hub: found.append(f"`hub_model_id={r.hub_model_id!r}` says where to upload, but `push_to_hub` is off: add `push_to_hub=True` (`--push-to-hub`), or leave it out and call run.push({r.hub_model_id!r}) after training.")
+    if r.push_to_hub and not r.hub_model_id and check_hub_name(hub_name(r)): found.append(f"`push_to_hub` without `hub_model_id` names the repository after the run, and the hub does not take `{hub_name(r)}` as a name: add `hub_model_id=\"org/name\"`.")
     if r.trainer != "sft" and ":" not in r.trainer: found.append(f"`trainer` is {r.trainer!r}; accepted: `sft`, or `module:Class` of a subclass of `sftkit.training.Trainer`.")
     return found
 

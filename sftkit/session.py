@@ -6,11 +6,11 @@
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
 # %% ../nbs/12_session.ipynb #395256fd
-import contextlib, functools, glob, tempfile, threading, time
+import contextlib, functools, glob, sys, tempfile, threading, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
-from .recipe import DataError, Recipe, RecipeError, RunError, check_fields, raise_all, recipe_fields
+from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, check_hub_name, hub_name, raise_all, recipe_fields, write_atomic
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
@@ -62,6 +62,16 @@ class Session:
         new.__dict__.update({k: self.__dict__[k] for k in ("_fields", "_rows", "_valid_rows", "_maps", "_trainer")} | parts)
         new.__dict__["_fields"] = _checked({**new._fields, **(fields or {})})
         return new
+
+    @functools.cached_property
+    def _identity(self): # hashable; the token does not count, as in a Recipe
+        rows = tuple(rows and rows_hash(rows) for rows in (self._rows, self._valid_rows))
+        name = self._fields.get("trainer", "sft")
+        own = self._trainer if name.startswith("__main__:") or "<locals>" in name else None              # any other is named by the field
+        return frozenset((k, v) for k, v in self._fields.items() if k != "token" and v != recipe_fields()[k].default), rows, self._maps, own
+
+    def __eq__(self, other): return self._identity == other._identity if isinstance(other, Session) else NotImplemented
+    def __hash__(self): return hash(self._identity)
 
     def _step(self, step, given, **more):
         return self._with({_STEPS[step][k]: v for k, v in given.items() if v is not None} | more)
@@ -198,6 +208,15 @@ class Session:
         html, text = preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats)
         return Shown(html, text, lambda: _preview_panel(self, {"text/html": html, "text/plain": text}, n, rows))
 
+    def memory(self,
+        gpu:str|None=None, # another card than this machine's, e.g. "T4", "RTX 4090", "A100"
+        device_bytes:int|None=None, # or a GPU with so much memory
+    ): # sftkit.memory.Forecast: parts, total_bytes, limit_bytes, fits, verdict, remedies
+        "How much memory the run will take at its highest moment, part by part, whether it fits, and what would help. No weight is loaded."
+        known = self.__dict__.setdefault("_forecasts", {})
+        if (gpu, device_bytes) not in known: known[gpu, device_bytes] = _memory(self, gpu, device_bytes)
+        return known[gpu, device_bytes]
+
     def fit(self,
         renderer:str|None=None, # "widget", "html", "terminal", "plain"; by default what suits this place
         **fields, # fields of the recipe, e.g. epochs=3, lr=1e-4
@@ -274,6 +293,19 @@ def _short(path):
     "A path to show: of one outside the current folder, the last two parts."
     return path if not path or not Path(path).is_absolute() else str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else "…/" + "/".join(Path(path).parts[-2:])
 
+def _memory(plan, gpu=None, device_bytes=None):
+    from sftkit.memory import machine
+    from sftkit.model import best_device
+    from sftkit.training import memory_forecast
+    work, here = plan._work, gpu is None and device_bytes is None
+    return memory_forecast(work.data, machine(gpu, device_bytes, best_device()), compiled=work._compiles(work.data, best_device()) if here else plan.recipe.compile is True)
+
+def _known_memory(plan):
+    "The forecast for this machine, where it takes a moment at most: once the rows are encoded."
+    if (None, None) not in plan.__dict__.get("_forecasts", {}) and "data" not in getattr(plan.__dict__.get("_work"), "__dict__", {}): return None
+    try: return plan.memory()
+    except SftkitError: return None                                # a plan can be shown, and carried out, without it
+
 def _plan_facts(plan):
     "The rows of a plan's table; mistakes and missing parts are its warnings."
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
@@ -287,6 +319,9 @@ def _plan_facts(plan):
             ("into", f["project_name"])]
     try: plan.recipe; warnings = []
     except (RecipeError, DataError) as e: warnings = [str(e)]
+    if not warnings and (said := _known_memory(plan)):
+        rows.append(("memory", said.sentence()))
+        if not said.fits: warnings.append("The run will not fit into memory as it stands: plan.memory() says what would help.")
     return dict(title=f"Plan: {f['project_name']}", rows=rows, warnings=warnings)
 
 # %% ../nbs/12_session.ipynb #797c93f5
@@ -319,24 +354,39 @@ def script(
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     from sftkit.launch import wants_processes
-    from sftkit.training import process_rank
+    from sftkit.training import from_main_process, process_rank
     recipe = plan.recipe
     if wants_processes(recipe):
         raise RunError(f"This plan is for several processes (gpus={recipe.gpus}, distributed_backend={recipe.distributed_backend!r}), and `fit` trains in this one. "
                        "Save it with plan.to_yaml(\"plan.yaml\") and type: sftkit llm --config plan.yaml. Or leave both at None to train here on one device.")
+    if recipe.push_to_hub: from_main_process(lambda: _check_hub(recipe))
     work = plan._work
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
     run, model, data = work.fit(view)
     plan.__dict__.pop("_work", None)              # a second fit starts from fresh data
     done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids)
-    if recipe.merge_adapter and process_rank() == 0 and done.state == "finished": done.merge(run.path/"merged", [e["input_ids"] for e in data.train.examples[:4]])
+    if process_rank() == 0 and done.state == "finished": _take_away(done, [e["input_ids"] for e in data.train.examples[:4]])
     return done
+
+def _check_hub(recipe):
+    from sftkit.export import open_repository
+    open_repository(hub_name(recipe), recipe.token)
+
+def _take_away(run, examples):
+    "What is made of a result: its card, and what the recipe asks for. The result is safe by now, so a failing upload is told and not raised."
+    from sftkit.export import UploadError
+    write_atomic(run.path/"README.md", run._texts(run.path.absolute().name)["README.md"])
+    if run.recipe.merge_adapter: run.merge(run.path/"merged", examples)
+    if not run.recipe.push_to_hub: return
+    try: run.push()
+    except (UploadError, KeyboardInterrupt) as e: print(f"sftkit: {e}" if str(e) else "sftkit: the upload was interrupted; run.push() goes on with it", file=sys.stderr)
 
 def _start(plan, renderer=None):
     from sftkit.launch import process_count_for, start_worker, wants_processes
     from sftkit.training import claim
     recipe = _portable(plan).recipe
     if wants_processes(recipe): process_count_for(recipe)      # raises where there are too few GPUs
+    if recipe.push_to_hub: _check_hub(recipe)
     data = plan._work.data
     directory, _ = claim(recipe, data)
     plan._store()
@@ -467,22 +517,78 @@ class Run:
         if not rows: raise DataError("This run held no rows out. Give some: run.evaluate(\"test.jsonl\").")
         return rows
 
+    @property
+    def about(self)->dict: # see `training.about`
+        "Facts recorded with the run: hashes, versions, hardware."
+        import yaml
+        return yaml.safe_load(self.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+
+    @property
+    def url(self)->str|None: # None if it wasn't uploaded
+        "Where the result was uploaded to last."
+        return next((e["uploaded"] for e in reversed(self.events) if e.get("uploaded")), None)
+
     def merge(self,
         out:str|Path, # a new folder
         examples:list|None=None, # token ids of rows to compare on; by default the first rows of the run's data
     ): # export.Merged: path, dtype and measured differences
         "Write one model without an adapter: merged into the full-precision base, loaded again and compared. Raises `RunError` if there is no adapter or `out` holds something."
-        from sftkit.events import EventLog
+        result = self._merge(out, Path(out).absolute().name, examples)
+        self._note(f"Merged model in {result!r}.")
+        return result
+
+    def _merge(self, out, source, examples=None):
         from sftkit.export import merge
         from sftkit.training import prepare
         model, *_ = self._parts()
         if examples is None: examples = [e["input_ids"] for e in prepare(self.recipe).train.examples[:4]]
         whole = any((self.path/n).exists() for n in ("config.json", "adapter_config.json"))
-        result = merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code)
-        log = EventLog(self.directory.events_path)
-        log.append("note", level="info", text=f"Merged model in {result!r}.")
-        log.close()
-        return result
+        return merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code, self._texts(source, merged=True))
+
+    def _texts(self, source, merged=False):
+        "Card and recipe for a copy of the result that is loaded from `source`."
+        from sftkit.export import model_card, portable
+        about = self.about
+        return {"README.md": model_card(self.recipe, about, self.events, source, merged), "recipe.yaml": portable(self.recipe, about).to_yaml(about=about)}
+
+    def _note(self, text, level="info", **more):
+        from sftkit.events import EventLog
+        with contextlib.closing(EventLog(self.directory.events_path)) as log: log.append("note", level=level, text=text, **more)
+
+    def save(self,
+        out:str|Path, # a new folder
+    )->Path:
+        """Write the result into a folder of its own: adapter or whole weights, tokenizer with its template, a card, the recipe. Completely or not at all.
+
+        The recipe and the card hold no paths of this machine; an adapter names its base as it was given, so that it can be loaded here."""
+        from sftkit.export import result_files, save
+        return save({**result_files(self.directory), **self._texts(Path(out).absolute().name)}, out)
+
+    def push(self,
+        repo:str|None=None, # org/name, or name for your own account; by default the recipe's `hub_model_id`, else the name of the run
+        private:bool=True, # of a repository that is made now; one that is there stays as it is
+        merged:bool=False, # upload the model with the adapter merged in
+        token:str|None=None, # by default the recipe's, HF_TOKEN, or that of `hf auth login`
+    )->str: # its address
+        """Upload the result to the hub: what `save` writes, and nothing else of the run.
+
+        Private unless you say otherwise, since a model can repeat what it was trained on, and what was public for a minute may have been copied; making it public later is one switch on its page.
+        Raises `UploadError` if it can't be uploaded; the result on disk stays as it is, and a further call goes on."""
+        from sftkit.export import UploadError, result_files, upload, without_paths
+        repo, token = repo or hub_name(self.recipe), token or self.recipe.token
+        if wrong := check_hub_name(repo): raise RunError(f"The repository is {repo!r}; {wrong}.")
+        with tempfile.TemporaryDirectory(prefix=".pushing-", dir=self.path) as aside:
+            if merged:
+                self._merge(Path(aside)/"merged", repo)
+                contents = {p.name: p for p in (Path(aside)/"merged").iterdir()}
+            else: contents = without_paths({**result_files(self.directory), **self._texts(repo)})
+            try: url = upload(contents, repo, token, private)
+            except UploadError as e:
+                text = f"{e} The result is in `{self.path}`; Run.open(\"{self.path}\").push(\"{repo}\") tries again."
+                self._note(text, "warning")
+                raise UploadError(text) from e
+        self._note(f"Uploaded to {url}", uploaded=url)
+        return url
 
     def report(self, path:str|Path|None=None)->Path:
         "Write one self-contained HTML page: curves, data and template, samples before and after, recipe. By default `report.html` in the run directory."
@@ -533,10 +639,9 @@ class Run:
 def _gone(path): raise RunError(f"The run that was in `{path}` is not there any more: another run has taken its name, and no folder beside it holds this one. Run.open(\"{path}\") opens the one that is there.")
 
 def _load_run(run):
-    import yaml
     from sftkit.chat import resolve_template
     from sftkit.model import best_device, compute_dtype, load_trained
-    r, about = run.recipe, yaml.safe_load(run.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+    r, about = run.recipe, run.about
     done, checkpoints = any((run.path/n).exists() for n in ("config.json", "adapter_config.json")), run.directory.checkpoints()
     if not done and not checkpoints: raise RunError(f"`{run.path}` holds no weights yet ({run.state}). Train it first, or resume it.")
     device = best_device()
@@ -593,9 +698,8 @@ class Scores(dict):
 
 # %% ../nbs/12_session.ipynb #4a109280
 def _report(run):
-    import yaml
     from sftkit.view import preview_html, report_html
-    about = yaml.safe_load(run.directory.recipe_path.read_text(encoding="utf-8")).get("about", {})
+    about = run.about
     plan = Session.from_recipe(run.recipe)
     made = {k: v for k, v in about.items() if k not in ("packages", "shape") and v is not None}
     recipe = {**run.recipe.to_dict(defaults=True), "versions": about.get("packages", {}), "hardware": made}

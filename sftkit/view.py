@@ -11,6 +11,7 @@ __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'hu
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
+from .recipe import local_name
 
 # %% ../nbs/09_view.ipynb #8a176eb8
 _BIDI = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -92,7 +93,7 @@ class Progress:
     def __init__(self,
         events=(), # events in the order they were written
     ):
-        self.plan, self.state, self.error, self.memory, self.note = {}, "", "", {}, ""
+        self.plan, self.state, self.error, self.memory, self.parts, self.note = {}, "", "", {}, {}, ""
         self.steps, self.evals, self.memories, self.samples, self.marks = [], [], [], [], []
         self.elapsed, self.peak_bytes, self.trained_tokens, self._last_t = 0.0, 0, 0, None
         self.add(events)
@@ -147,8 +148,12 @@ class Progress:
         self.note = str(event.get("text", ""))
         self._mark("warning" if event.get("level") == "warning" else "note", self.step, self.note)
 
+    def _take_oom(self, event):
+        self.note = str(event.get("text", ""))
+        self._mark("out of memory", event["step"], self.note)
+
     def _take_memory(self, event):
-        self.memory = event
+        self.memory, self.parts = event, event.get("parts") or self.parts
         self.peak_bytes = max(self.peak_bytes, event.get("peak_bytes") or 0, event.get("allocated_bytes") or 0)
         self.memories.append({"step": self.step, **event})
 
@@ -159,6 +164,11 @@ class Progress:
         last = smooth(*_column(self.steps[-math.ceil(10 * span):], "loss"), span)[-1]
         return last if math.isfinite(last) else None
 
+    def gauge(self)->dict: # the last memory event, with the parts that were counted once, the run's peak, and the forecast
+        "What the gauge shows."
+        if not self.memory: return {}
+        return {**self.memory, "peak_bytes": self.peak_bytes, "parts": self.parts, "forecast_bytes": (self.plan.get("forecast") or {}).get("peak_bytes")}
+
     def facts(self)->dict: # JSON values; what is not known yet is None
         "The headline figures."
         known = lambda steps: next((e["loss"] for e in steps if math.isfinite(_number(e.get("loss")))), None)
@@ -166,16 +176,14 @@ class Progress:
         seconds = sum(e["seconds"] for e in recent)
         total = self.plan.get("total_steps")
         left = max(total - self.step, 0) * seconds / len(recent) if total and recent and self.state in (*self.running, "paused", "") else None
-        return dict(state=self.state, error=self.error, model=_model_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
+        return dict(state=self.state, error=self.error, model=local_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
             epoch=self.steps[-1].get("epoch") if self.steps else None, epochs=self.plan.get("epochs"), device=self.plan.get("device"), dtype=self.plan.get("dtype"),
             first_loss=known(self.steps), loss=known(reversed(self.steps)), smooth_loss=self._smooth_loss(),
             eval_loss=self.evals[-1].get("loss") if self.evals else None, perplexity=self.evals[-1].get("perplexity") if self.evals else None,
             first_perplexity=self.evals[0].get("perplexity") if len(self.evals) > 1 else None, elapsed=self.elapsed, left=left,
             tokens_per_second=sum(e.get("seq_tokens") or e.get("tokens") or 0 for e in recent) / seconds if seconds else None,
-            trained_tokens=self.trained_tokens, memory=self.memory, peak_bytes=self.peak_bytes or None, note=self.note)
+            trained_tokens=self.trained_tokens, memory=self.gauge(), peak_bytes=self.peak_bytes or None, note=self.note)
 
-def _model_name(model): # a hub id as it is; of a folder its own name, since the rest says something about the machine only
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and re.match(r"[/\\~.]|[A-Za-z]:[/\\]", model) else model
 
 # %% ../nbs/09_view.ipynb #68797bd0
 def _column(events, name, by="step"): return [e[by] for e in events], [_number(e.get(name)) for e in events]
@@ -407,10 +415,20 @@ def _memory_words(memory, peak_bytes=None):
     if (memory.get("reserved_bytes") or 0) > allocated: parts.append(f"{human_bytes(memory['reserved_bytes'])} reserved")
     parts.append(f"peak {human_bytes(peak)}" + (f" of {human_bytes(limit)} ({peak / limit:.0%})" if limit else ""))
     if limit and peak > 0.92 * limit: parts.append("nearly full")
+    if memory.get("forecast_bytes"): parts.append(f"forecast {human_bytes(memory['forecast_bytes'])}")
     return " · ".join(parts)
 
+_MEMORY_PARTS = (("weights", ("weights",), "#3b7dd8"), ("adapter and optimizer", ("adapter", "optimizer"), "#16946a"), ("gradients", ("gradients",), "#8d6fc9"))
+
+def _memory_parts(memory): # [(label, bytes, colour)]: what the peak is made of, as far as it was counted; empty where nothing was
+    counted = memory.get("parts") or {}
+    peak = max(memory.get("peak_bytes") or 0, memory.get("allocated_bytes") or 0)
+    known = [(label, sum(counted.get(n) or 0 for n in names), ink) for label, names, ink in _MEMORY_PARTS]
+    if not any(size for _, size, _ in known): return []
+    return [part for part in [*known, ("activations and rest", max(peak - sum(size for _, size, _ in known), 0), "#d9780a")] if part[1]]
+
 def gauge_html(
-    memory:dict, # a memory event: allocated_bytes, reserved_bytes, peak_bytes, limit_bytes, device
+    memory:dict, # a memory event: allocated_bytes, reserved_bytes, peak_bytes, limit_bytes, device; optionally parts and forecast_bytes, see `Progress.gauge`
     width:int=320, # of the bar, in pixels
 )->str: # a bar as an image, and the figures in words
     "How full the device is."
@@ -420,10 +438,16 @@ def gauge_html(
     peak = max(at("peak_bytes"), at("allocated_bytes"))
     ink = _ALARM if peak > 0.92 * width else _TRAIN
     bar = lambda x, w, ink, **more: _tag("rect", x=float(x), width=float(w), **{"y": 2, "height": 12, "rx": 3, "fill": ink, **more})
-    bars = bar(0, width, _INK, fill_opacity=0.2) + bar(0, at("reserved_bytes"), ink, fill_opacity=0.35) + bar(0, at("allocated_bytes"), ink)
+    bars, parts, x = bar(0, width, _INK, fill_opacity=0.2) + bar(0, at("reserved_bytes"), ink, fill_opacity=0.35) + bar(0, at("allocated_bytes"), ink), _memory_parts(memory), 0.0
+    for _, size, hue in parts:
+        part = min(size / limit * width, width - x)
+        bars, x = bars + bar(x, part, hue, y=2, height=8, rx=0), x + part
+    if memory.get("forecast_bytes"): bars += bar(min(memory["forecast_bytes"] / limit, 1.0) * width - 1, 2, _EVAL, y=0, height=16, rx=0)
     words = _memory_words(memory)
+    made_of = _tag("div", " ".join(_tag("span", _tag("span", "", style=f"display:inline-block;width:8px;height:8px;border-radius:2px;background:{hue};margin-right:4px") + html_escape(f"{label} {human_bytes(size)}"), style="margin-right:12px;white-space:nowrap")
+                                   for label, size, hue in parts), style="font-size:12px;opacity:.8") if parts else ""
     picture = svg_image(_svg(width, 16, bars + bar(max(peak - 2, 0), 2, ink, y=0, height=16, rx=0)), f"memory: {words}", "max-width:100%;vertical-align:middle;margin-right:8px")
-    return _tag("div", picture + " " + _tag("span", html_escape(f"{memory.get('device') or 'memory'}: {words}"), style="font-size:12px;opacity:.8"), style="margin:4px 0")
+    return _tag("div", picture + " " + _tag("span", html_escape(f"{memory.get('device') or 'memory'}: {words}"), style="font-size:12px;opacity:.8") + made_of, style="margin:4px 0")
 
 # %% ../nbs/09_view.ipynb #7f92caf6
 _STATES = {state: f"{sign} {state}" for state, sign in dict(starting="◌", training="▶", paused="‖", finished="✓", interrupted="■", stopped="■", failed="✕", died="✕").items()}
@@ -537,7 +561,7 @@ def run_html(
     if p.samples: parts.append(compare_html(_pair_samples(p.samples)[-3:]))
     return _tag("div", "".join(parts), style=_BOX)
 
-def _gauge(p): return gauge_html({**p.memory, "peak_bytes": p.peak_bytes}) if p.memory else ""
+def _gauge(p): return gauge_html(p.gauge())
 
 # %% ../nbs/09_view.ipynb #dfd9a2dc
 _HUES = {"system": "154,103,196", "user": "59,125,216", "prompt": "59,125,216", "tool": "217,120,10", "template": "125,131,140"}

@@ -13,7 +13,7 @@ import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
 from .events import RUNNING, RunDirectory, read_events
 from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, html_escape, run_html, run_text, visible, few_marks
-from .view import _headline, _memory_words, _number, _pair_samples, _scores, _STATES
+from .view import _headline, _memory_parts, _memory_words, _number, _pair_samples, _scores, _STATES
 from .view import compare_curves, compare_runs_html, compare_runs_text, differences_table, preview_page, results_table, run_ink, transcript_html, transcript_text, _preview_headline
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
@@ -78,10 +78,13 @@ def _live_facts(progress): # what live.js writes in words
     f = progress.facts()
     memory, gauge = f.pop("memory"), None
     if memory.get("limit_bytes"): gauge = [min((b or 0) / memory["limit_bytes"], 1.0) for b in (memory.get("reserved_bytes"), memory.get("allocated_bytes"), f["peak_bytes"])]
+    share = lambda size: round(min((size or 0) / memory["limit_bytes"], 1.0), 4)
+    parts = [[f"{label} {human_bytes(size)}", share(size), ink] for label, size, ink in _memory_parts(memory)] if gauge else []
+    tick = [f"forecast {human_bytes(memory['forecast_bytes'])}", share(memory["forecast_bytes"])] if gauge and memory.get("forecast_bytes") else None
     keep = {k: f[k] for k in ("state", "step", "total_steps")}
     return dict(keep, model=visible(clip(f["model"] or "", 200)), error=visible(clip(f["error"], 2000)), note=visible(clip(f["note"], 600)), badge=_STATES.get(f["state"], visible(clip(f["state"], 40))), enabled=_enabled(progress),
                 scores="\n".join(visible(clip(f"{label}: {words}", 600)) for label, words in _scores(progress)),
-                headline=_headline(f), gauge=gauge, memory_words=f"{memory.get('device') or 'memory'}: {_memory_words(memory, f['peak_bytes'])}" if memory else "")
+                headline=_headline(f), gauge=gauge, gauge_parts=parts, gauge_forecast=tick, memory_words=f"{memory.get('device') or 'memory'}: {_memory_words(memory, f['peak_bytes'])}" if memory else "")
 
 def _live_samples(progress, most=4): # the last prompts, with what the model said before and says now
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]

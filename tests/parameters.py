@@ -16,7 +16,7 @@ SHOWN_BY = dict(
     unsloth="28", packing="21", use_distillation="17", teacher_model="17", distill_temperature="17", distill_alpha="17", use_enhanced_eval="18", eval_metrics="18", eval_save_predictions="18", eval_samples="18",
     weight_decay="test_weight_decay_shrinks_what_a_step_leaves", max_grad_norm="test_max_grad_norm_bounds_the_step", eval_batch_size="test_eval_batch_size_changes_no_evaluation",
     teacher_quantization="test_a_quantised_teacher_is_held_in_4_bit", trust_remote_code="test_code_that_comes_with_a_model_runs_only_when_trusted", compile="test_compiled_layers_train_alike", nodes="30",
-    eval_max_new_tokens="18", log="29", distributed_backend="30", gpus="30", token="test_secrets_stay_out")
+    eval_max_new_tokens="18", log="29", distributed_backend="30", gpus="30", token="31", push_to_hub="test_push_to_hub_uploads_after_training", hub_model_id="test_what_the_two_fields_mean_together")
 
 
 def step(name):

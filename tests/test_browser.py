@@ -5,6 +5,7 @@ import browser
 from browser import lab, notebook, untrusted_copy, write_notebook
 
 if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+pytestmark = pytest.mark.xdist_group("browser")        # one server for all of them
 
 TESTS = str(browser.ROOT/"tests")
 START = f"""

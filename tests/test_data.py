@@ -137,6 +137,24 @@ def test_json_in_its_other_forms(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"messages": TALK}))
     assert read_rows(tmp_path / "one.json")[0].value == {"messages": TALK}
 
+@pytest.mark.parametrize("found, rows", [
+    ({"version": 1, "data": [{"text": "a"}, {"text": "b"}]}, 2), ({"version": "1.0", "licence": None, "rows": [{"body": "a"}]}, 1),
+    ({"licenses": [{"id": 1}], "examples": [{"prompt": "a", "completion": "b"}] * 3}, 3),                        # the list with a known layout
+    ({"conversations": [{"id": 7, "conversations": TALK}] * 2}, 2), ({"text": "About these rows", "data": [{"text": "a"}] * 4}, 4),
+    ({"id": 7, "messages": TALK, "tools": [{"type": "function"}]}, None), ({"prompt": TALK[:1], "completion": TALK[1:], "tags": ["x", "y", "z"]}, None), # one row
+    ({"text": "a", "tags": ["x", "y"]}, None), ({"question": "a", "answer": "b", "id": 3}, None),
+])
+def test_json_rows_beside_other_values(tmp_path, found, rows):
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    read = read_rows(tmp_path / "a.json")
+    assert len(read) == (rows or 1) and (read[0].value == found) == (rows is None) and read[0].where == "a.json row 1"
+
+def test_json_with_no_clear_rows_says_so(tmp_path):
+    for found, words in (({"train": [{"text": "a"}] * 2, "test": [{"text": "b"}]}, "several lists of objects.*`train` \\(2\\), `test` \\(1\\)"), ({"version": 1, "text": ["a", "b"]}, "`text` \\(2\\).*list of objects"),
+                         ({"version": 1, "prompt": ["a"], "completion": ["b"]}, "`prompt` \\(1\\), `completion` \\(1\\)")):
+        (tmp_path / "a.json").write_text(json.dumps(found))
+        with pytest.raises(DataError, match=words): read_rows(tmp_path / "a.json")
+
 def test_line_separators_inside_json_strings(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
     assert read_rows(tmp_path / "a.jsonl")[0] == Row({"text": "a\u2028b\u0085c"}, "a.jsonl line 1")
@@ -198,6 +216,13 @@ def test_hub_id_goes_through_load_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [r.value for r in read_rows("org/name")] == PAIRS and len(read_rows("org/name:main", "valid")) == 1
     assert seen == [(("org/name",), {}), (("org/name", "main"), {})] # trust_remote_code is never passed
+
+def test_hub_id_without_a_connection_is_one_message(monkeypatch):
+    import datasets, sys
+    from huggingface_hub.errors import HTTPError
+    def load(*args): raise HTTPError("no route to host")
+    monkeypatch.setattr(datasets, "load_dataset", load); monkeypatch.setitem(sys.modules, "httpx", None)           # nothing that sftkit needs installs it
+    with pytest.raises(DataError, match="org/name.*no route to host"): read_rows("org/name")
 
 def test_write_rows_round_trip(tmp_path):
     rows = read_rows([{"tools": [{"z": 1, "a": 2}], "text": "é\u2028\n"}])

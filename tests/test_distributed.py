@@ -44,6 +44,15 @@ def same_as_one(folder, name, tolerance=1e-5):
     assert sorted(a) == sorted(b) and max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < tolerance
 
 
+def test_acceptance_30_accelerate_launch_trains_as_one_process(folder):
+    "What `accelerate launch` does on two GPUs, here with gloo on a CPU."
+    env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run([*launcher, "-m", "sftkit", "llm", *COMMON, "--project-name", "accelerated", "--batch-size", "2", "--gradient-accumulation", "2"], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_as_one(folder, "accelerated")
+
+
 def test_acceptance_30_two_machines_meet_and_train_as_one(folder):
     args = ["--project-name", "machines", "--nodes", 2, "--gpus", 1, "--batch-size", 2, "--gradient-accumulation", 2]
     import socket
@@ -91,3 +100,12 @@ def test_missing_deepspeed_and_fsdp_on_a_cpu_are_refused_before_anything_loads(f
     assert fsdp["version"] == 2 and fsdp["state_dict_type"] == "FULL_STATE_DICT" and "auto" not in fsdp.values()
     zero = sharding_config(Recipe(model="m", data_path="d", project_name="p", distributed_backend="deepspeed", max_grad_norm=0.5), torch.bfloat16, 4)
     assert zero["bf16"]["enabled"] and not zero["fp16"]["enabled"] and zero["gradient_clipping"] == 0.5 and zero["train_batch_size"] == 8 * 4 * 4 and "auto" not in json.dumps(zero)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_loss_in_chunks_is_right_in_a_sharded_model(tmp_path, tie):
+    "FSDP gathers the head's weight around one call of its module, and the loss uses it chunk by chunk, and again in the backward pass."
+    save_tiny(tmp_path/"m", tie=tie)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT/"tests"/"sharded.py"), str(tmp_path/"m")],
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and f"same as whole, {'tied' if tie else 'untied'}" in done.stdout, done.stdout + done.stderr

@@ -210,6 +210,52 @@ def test_acceptance_29_wandb_offline_writes_a_run(tiny):
     assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_acceptance_29_mlflow_writes_a_run_without_a_server(tiny, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False); monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true"); monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    run = plan_for(tiny, valid_split=6, eval_steps=2).log("mlflow").fit()
+    again = plan_for(tiny, project="run2", chat_template="chatml").log("mlflow,tensorboard").fit()
+    assert not mlflow.is_tracking_uri_set() and "MLFLOW_TRACKING_URI" not in os.environ                 # as before, so that the second run had a store of its own
+    for each in run, again:
+        store = each.path.absolute()/"mlflow"
+        client = mlflow.MlflowClient(f"sqlite:///{store}/mlflow.db" if (store/"mlflow.db").exists() else store.as_uri())
+        [experiment] = [e for e in client.search_experiments() if e.name == "sftkit"]
+        [logged] = client.search_runs([experiment.experiment_id])
+        assert logged.info.run_name == each.path.name and logged.info.status == "FINISHED" and logged.data.params["lr"] == "0.01"
+        assert [(m.step, m.value) for m in client.get_metric_history(logged.info.run_id, "train/loss")] == [(i + 1, loss) for i, loss in enumerate(steps(each))]
+    assert len(client.get_metric_history(logged.info.run_id, "eval/loss")) == 0 and not Path("mlruns").exists() and not Path("mlflow.db").exists()
+
+
+TRACKIO = """import json
+from pathlib import Path
+def said(*what): Path("said.jsonl").open("a").write(json.dumps(what) + "\\n")
+class Run:
+    def log(self, values, step=None): said("log", values, step)
+    def finish(self): said("finish")
+def init(**settings): said("init", settings); return Run()
+class config:
+    update = staticmethod(lambda values, **kw: said("config", values))
+"""
+
+
+def test_acceptance_29_trackio_is_started_here_without_a_dashboard_and_finished_also_after_an_error(tiny, monkeypatch):
+    """Against a recorder with trackio's calls: trackio itself wants an older pillow than the pinned one."""
+    Path("site").mkdir(); Path("site/trackio.py").write_text(TRACKIO); monkeypatch.syspath_prepend("site"); monkeypatch.setitem(sys.modules, "trackio", None); del sys.modules["trackio"]     # undone at the end
+    run = plan_for(tiny, valid_split=6, eval_steps=2).log("trackio").fit()
+    (init, config, *logged, finish) = map(json.loads, Path("said.jsonl").read_text().splitlines())
+    assert init == ["init", dict(project="sftkit", name="run", embed=False)] and config[1]["lr"] == 0.01 and finish == ["finish"]
+    assert [(v["train/loss"], step) for _, v, step in logged if "train/loss" in v] == [(loss, i + 1) for i, loss in enumerate(steps(run))] and any("eval/loss" in v for _, v, _ in logged)
+    monkeypatch.setattr("sftkit.training.Recorder.on_step_end", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError): plan_for(tiny, project="broken").log("trackio").fit()
+    assert json.loads(Path("said.jsonl").read_text().splitlines()[-1]) == ["finish"]
+
+
+def test_a_folder_named_as_a_tracker_is_no_tracker(tiny, monkeypatch):
+    Path("here/trackio").mkdir(parents=True); monkeypatch.syspath_prepend("here")
+    with pytest.raises(RunError, match="pip install trackio"): plan_for(tiny).log("trackio").fit()
+
+
 def test_acceptance_29_a_missing_tracker_fails_before_the_model_loads(tiny, monkeypatch):
     import importlib.util
     real = importlib.util.find_spec

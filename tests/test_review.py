@@ -9,7 +9,7 @@ from tiny import save_tiny, write_jsonl
 
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(12)]
 BASE = dict(model="m", data_path="d.jsonl", project_name="p")
-WITH = dict(quantization=dict(peft=True), merge_adapter=dict(peft=True), teacher_model=dict(use_distillation=True), use_distillation=dict(teacher_model="t"), distributed_backend=dict(gpus=2), valid_path=dict(valid_split=None))
+WITH = dict(quantization=dict(peft=True), merge_adapter=dict(peft=True), teacher_model=dict(use_distillation=True), use_distillation=dict(teacher_model="t"), distributed_backend=dict(gpus=2), valid_path=dict(valid_split=None), hub_model_id=dict(push_to_hub=True))
 OTHER = dict(bool=True, int=3, float=0.25, str="x")
 
 
@@ -20,8 +20,7 @@ def test_the_script_of_any_field_runs_to_the_same_recipe(name):
     if kind == "UnionType": kind = str(field.type).split("|")[0].strip()
     value = next((c for c in field.metadata.get("choices", ()) if c != field.default and c != "loftq"), None)
     if value is None: value = {"log": "wandb", "eval_metrics": "rouge"}.get(name, (not field.default) if kind == "bool" else OTHER[kind])
-    recipe = Recipe(**BASE, **WITH.get(name, {}), **{name: value}) if name not in ("push_to_hub", "hub_model_id") else None
-    if recipe is None: return
+    recipe = Recipe(**BASE, **WITH.get(name, {}), **{name: value})
     space = {}
     exec(Session.from_recipe(recipe).to_script().split("if __name__")[0], space)
     rest = Session.from_recipe(recipe).to_script().partition("plan.fit(")[2].partition(")\n")[0]
@@ -101,3 +100,27 @@ def test_preview_writes_nothing_and_needs_no_project(tmp_path, capsys, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     for command in ("watch", "report", "stop", "preview"):
         assert main([command, "--help"]) == 0 and f"sftkit {command}" in capsys.readouterr().out
+
+
+def test_evaluation_rows_that_are_trained_on_are_named(tmp_path):
+    model, rows = save_tiny(tmp_path/"m"), [dict(prompt=f"what {i}", completion=f"the light {i}", id=i) for i in range(12)]
+    train = write_jsonl(tmp_path/"chat.jsonl", rows)
+    again = [{**rows[2], "id": 99}, {**rows[2], "completion": "  the   light 2"}, rows[7], dict(prompt="new", completion="new")]
+    says = "3 of 4 evaluation rows also stand in the training data (chat.jsonl line 3, chat.jsonl line 8), so the evaluation loss says less than it seems."
+    plan = Session(model, project=str(tmp_path/"p"), max_steps=1)
+    assert says in plan.data(train, eval=write_jsonl(tmp_path/"e.jsonl", again))._work.data.notes
+    assert says in plan.data(train, eval=again)._work.data.notes
+    assert says.replace("chat.jsonl line", "row") in plan.data(rows, eval=again)._work.data.notes
+    (tmp_path/"d").mkdir(); write_jsonl(tmp_path/"d"/"train.jsonl", rows); write_jsonl(tmp_path/"d"/"test.jsonl", again)
+    assert says.replace("chat", "train") in plan.data(tmp_path/"d", eval="test")._work.data.notes
+    many = plan.data(rows, eval=rows)._work.data.notes[-1]
+    assert many.startswith("12 of 12") and "row 5 and 7 more)" in many
+    assert not [n for n in plan.data(rows, eval=[again[-1]])._work.data.notes + plan.data(rows * 2, eval=0.2)._work.data.notes if "also stand" in n]
+    run = plan.data(rows, eval=again).fit()
+    assert says.replace("chat.jsonl line", "row") in [e.get("text") for e in run.events]
+
+
+def test_held_out_rows_are_no_duplicates_in_a_column_of_ones_own(tmp_path):
+    rows = [dict(body=f"the light {i // 4}", id=i) for i in range(24)]
+    data = Session(save_tiny(tmp_path/"m"), project="p").data(rows, column="body", eval=0.25)._work.data
+    assert len(data.valid_rows) and not {r.value["body"] for r in data.train_rows} & {r.value["body"] for r in data.valid_rows}

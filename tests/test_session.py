@@ -160,6 +160,26 @@ def test_plans_are_frozen_values():
     with pytest.raises(RecipeError, match="lora_r"): base.lora(r=-1)
 
 
+def test_plans_are_equal_by_what_they_say():
+    import pandas as pd
+    plan = lambda: Session("m", project="p").data("d", eval=0.1).lora(r=4).options(epochs=3, token="secret")
+    assert plan() == plan() and hash(plan()) == hash(plan()) and len({plan(), plan()}) == 1
+    assert Session.from_recipe(plan().recipe) == plan() and hash(Session.from_recipe(plan().recipe)) == hash(plan())
+    assert Session("m", project="p", lora_r=4, valid_split=0.1, data_path="d", peft=True) == plan() != plan().lora(r=8) and plan() != plan().recipe
+    assert Session("m", project="p") == Session("m", project="p") != Session("n", project="p")                         # also without data
+    rows = lambda: [dict(text="a", n=1), dict(text="b", n=2)]
+    held = lambda source, **kw: Session("m", project="p").data(source, **kw)
+    assert held(rows()) == held(pd.DataFrame(rows())) != held(rows()[:1]) and hash(held(rows())) == hash(held(pd.DataFrame(rows())))
+    assert held(rows(), eval=rows()[:1]) == held(rows(), eval=rows()[:1]) != held(rows(), eval=rows()[1:]) != held(rows())
+    shout, whisper = (lambda row: row), (lambda row: None)
+    assert held("d").map(shout) == held("d").map(shout) != held("d").map(whisper) and held("d").map(shout) != held("d") and len({held("d").map(shout), held("d").map(shout)}) == 1
+    from sftkit.training import Trainer
+    class Mine(Trainer): pass
+    first = Mine
+    class Mine(Trainer): pass
+    assert held("d").trainer(Mine) == held("d").trainer(Mine) != held("d").trainer(first)
+
+
 def test_reprs_work_everywhere(tiny, chat_file):
     plan = Session(tiny, project="p", **FAST).data(chat_file, eval=0.1).lora(r=2).options(max_steps=2)
     assert "LoRA, rank 2" in repr(plan) and "LoRA, rank 2" in plan._repr_html_()

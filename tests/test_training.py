@@ -1,4 +1,5 @@
 """Numbers: what the trainer computes against an independent computation, and what survives an interruption."""
+import contextlib
 import json
 import math
 import os
@@ -13,9 +14,10 @@ import torch
 from conftest import CHAT, TEXT
 from safetensors.torch import load_file
 from sftkit import Run, Session
+from sftkit.events import EventLog, RunDirectory, this_process
 from sftkit.model import load_base, load_trained
 from sftkit.recipe import DataError, ModelError, RecipeError, RunError
-from sftkit.training import NonFiniteLoss, Trainer
+from sftkit.training import Engine, NonFiniteLoss, Recorder, Trainer
 from tiny import write_jsonl
 
 PYTHONPATH = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
@@ -335,8 +337,8 @@ def test_requests_from_outside(tiny, chat_file):
     plan, seen = plan_for(tiny, chat_file).options(epochs=500, batch_size=4, gradient_accumulation=1, save_steps=10**6), []
 
     def watcher():
-        run, deadline = Run.open.__func__, time.time() + 60
-        directory = __import__("sftkit.events", fromlist=["RunDirectory"]).RunDirectory("run")
+        deadline = time.time() + 60
+        directory = RunDirectory("run")
         def until(test):
             while not test():
                 assert time.time() < deadline; time.sleep(0.02)
@@ -349,6 +351,100 @@ def test_requests_from_outside(tiny, chat_file):
     thread = threading.Thread(target=watcher); thread.start()
     run = plan.fit(); thread.join()
     assert run.state == "stopped" and seen == [True] and len(run.directory.checkpoints()) == 2
+
+
+def test_each_evaluation_is_made_once_and_its_time_is_not_the_next_steps(tiny, chat_file, monkeypatch):
+    slow = Engine.held_out_loss
+    monkeypatch.setattr(Engine, "held_out_loss", lambda self: (time.sleep(0.5), slow(self))[1])
+    run = plan_for(tiny, chat_file, valid_split=4, batch_size=11, gradient_accumulation=1, eval_steps=2).fit()                # the last of 4 steps is also the end of the epoch
+    assert [e["step"] for e in run.events if e["kind"] == "eval"] == [2, 4] and run.history.seconds[2] < 0.4
+
+
+def fit_with_requests(plan, *requests):
+    "Train; `requests`, lists of names, are each made at once: the first when the first step begins, the others while the run is paused."
+    directory, left = RunDirectory(plan.recipe.project_name), list(requests)
+    class Asking(Recorder):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if left and state.global_step == 0: [directory.request(name) for name in left.pop(0)]
+        def _asked(self):
+            if left and directory.status()["state"] == "paused": [directory.request(name) for name in left.pop(0)]
+            return super()._asked()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sftkit.training.Recorder", Asking)
+        return plan.fit()
+
+
+def kinds(run, *names): return [e["state"] if e["kind"] == "state" else e["kind"] for e in run.events if e["kind"] in names]
+
+
+def test_requests_made_within_one_step_are_all_carried_out(tiny, chat_file):
+    plan = plan_for(tiny, chat_file, valid_split=4, max_steps=6, batch_size=4, gradient_accumulation=1, save_steps=10**6, eval_steps=10**6)
+    run = fit_with_requests(plan, ["checkpoint", "evaluate", "stop", "resume"])
+    assert run.state == "stopped" and len(losses(run)) == 1 and kinds(run, "eval", "checkpoint") == ["eval", "checkpoint"]
+    run = fit_with_requests(plan.options(project_name="b"), ["evaluate", "stop", "pause", "checkpoint"])                      # stop wins
+    assert run.state == "stopped" and "paused" not in kinds(run, "state") and kinds(run, "eval", "checkpoint") == ["eval", "checkpoint"]
+    run = fit_with_requests(plan.options(project_name="c"), ["pause", "evaluate"], ["checkpoint"], ["stop", "resume"])         # what is asked in a pause is kept
+    assert run.state == "stopped" and "paused" in kinds(run, "state") and kinds(run, "eval", "checkpoint") == ["eval", "checkpoint"] and len(losses(run)) == 1
+    run = fit_with_requests(plan.options(project_name="d"), ["pause", "resume", "checkpoint"])                                 # of the two, the later counts
+    assert run.state == "finished" and "paused" not in kinds(run, "state") and [e["step"] for e in run.events if e["kind"] == "checkpoint"][0] == 1
+    run = fit_with_requests(plan.options(project_name="e"), ["resume", "pause"], ["resume"])
+    assert run.state == "finished" and "paused" in kinds(run, "state") and len(losses(run)) == 6
+
+
+def test_requests_of_many_processes_at_once_are_none_lost_and_a_resumed_run_is_not_stopped_by_an_old_one(tiny, chat_file):
+    plan = plan_for(tiny, chat_file, max_steps=3, batch_size=4, gradient_accumulation=1)
+    run = fit_with_requests(plan, ["stop"])
+    directory = run.directory
+    with contextlib.closing(EventLog(directory.events_path)) as log:
+        log.append("state", state="training", step=1, **this_process())
+        ask = "import sys; from sftkit.events import RunDirectory; run = RunDirectory('run'); [run.request('checkpoint') for i in range(50)]"
+        asking, got = [subprocess.Popen([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": PYTHONPATH}) for _ in range(3)], []
+        while any(p.poll() is None for p in asking): got += directory.take_requests()
+        got += directory.take_requests()
+        assert got == ["checkpoint"] * 150 and directory.take_requests() == []
+        directory.request("stop")
+        log.append("state", state="stopped", step=1, **this_process())
+    resumed = plan.options(resume=True).fit()
+    assert resumed.state == "finished" and len(losses(resumed)) == 3
+
+
+QUIET = """
+import sys
+import sftkit.training
+from sftkit import Run, Session
+class Stopping(sftkit.training.Recorder):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.engine.run.path.name.startswith("stopped") and state.global_step == 1: self.engine.run.request("stop")
+sftkit.training.Recorder = Stopping
+tiny, wide, gpt2 = sys.argv[1:]
+def plan(project, model=tiny, **fields): return Session(model, project=project, chat_template="chatml", max_steps=4, batch_size=4, gradient_accumulation=1, **fields).data("chat.jsonl", eval=4)
+for project, lora in ("stopped-full", False), ("stopped-lora", True):
+    run = plan(project, peft=lora).fit()
+    assert run.state == "stopped"
+    assert Run.open(project).resume().state == "finished"
+plan("best", eval_steps=1, early_stopping_patience=1, early_stopping_threshold=9.0, use_enhanced_eval=True, eval_max_new_tokens=4).fit()
+plan("int4", wide).lora(merge=True).quantize("int4").fit().generate("turn on light 1", max_new_tokens=4)
+plan("packed", packing=True, max_seq_length=128).fit().report()
+plan("padded", gpt2, packing=True, max_seq_length=128).lora().fit().versus_base(["turn on light 1"], max_new_tokens=4)
+plan("taught").distill(tiny).fit()
+"""
+
+
+def test_acceptance_33_runs_and_resumes_say_nothing_but_their_own_lines(tiny, tiny_wide, tiny_gpt2, chat_file):
+    """As in a terminal: in a process of its own, since pytest keeps warnings to itself."""
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.split(" ")[0] in ("starting", "training", "stopped", "finished") for line in done.stdout.splitlines()), done.stdout
+
+
+def test_a_checkpoint_that_does_not_fit_stops_the_run(tiny, chat_file):
+    from safetensors.torch import save_file
+    plan = plan_for(tiny, chat_file, max_steps=3, batch_size=4, gradient_accumulation=1)
+    run = fit_with_requests(plan, ["stop"])
+    weights = run.directory.checkpoints()[-1][1]/"model.safetensors"
+    tensors = load_file(weights); lost = sorted(tensors)[-1]; del tensors[lost]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=f"does not fit the model.*{lost}"): plan.options(resume=True).fit()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

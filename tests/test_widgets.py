@@ -206,9 +206,9 @@ def test_ctrl_c_stops_watching_and_tidies_up(tmp_path, monkeypatch):
 
 def test_a_run_whose_process_is_gone_is_called_dead(tmp_path, monkeypatch):
     run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
-    w = Publisher(run, r, until_end=True); monkeypatch.setattr(w.directory, "status", lambda: {"state": "died"})
+    w = Publisher(run, r, until_end=True); monkeypatch.setattr(w.directory, "status", lambda: {"kind": "state", "state": "died", "error": "Process 1 is gone."})
     w._quiet_since -= 10; w.start(); w.join(5)
-    assert not w.is_alive() and r.last["state"] == "died"
+    assert not w.is_alive() and r.last["state"] == "died" and r.last["error"] == "Process 1 is gone."
 
 
 # --- terminal and log
@@ -250,7 +250,7 @@ import ipywidgets
 print([t.name for t in threading.enumerate() if t.name.startswith("sftkit")], len(ipywidgets.widgets.widget._instances))
 """
 
-@pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 50_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
+@pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 56_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
 def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, most, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(Path(widgets.__file__).parent.parent))

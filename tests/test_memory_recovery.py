@@ -1,0 +1,99 @@
+"""Running out of memory: the step begins again in smaller pieces, and the losses, gradients and weights are those of a run that never ran out. A pass over too many tokens fails here in the
+middle of its backward pass, after the upper layers have their gradients, which is the worst moment."""
+import pytest
+import torch
+from conftest import CHAT
+from safetensors.torch import load_file
+from sftkit import Session
+from sftkit.model import decoder_layers, flat_batch, load_base, split_batch, token_loss_sum
+from sftkit.recipe import ModelError
+from sftkit.view import Progress, curve_svg, series
+import sftkit.training as training
+
+FIELDS = dict(chat_template="chatml", max_steps=3, lr=0.1, optimizer="sgd", batch_size=6, gradient_accumulation=2, gradient_checkpointing=False)
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    "`small_memory(n)`: backward passes over more than n tokens run out of memory in the lowest layer. Returns the sizes that were tried."
+    def limit(most, error=lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")):
+        tried, real = [], training.load_for_training
+        def load(*args):
+            model = real(*args)
+            def refuse(gradient): raise error()
+            def watch(module, given, output):
+                hidden = output[0] if isinstance(output, tuple) else output
+                if not hidden.requires_grad: return
+                tried.append(hidden.shape[0] * hidden.shape[1])
+                if tried[-1] > most: hidden.register_hook(refuse)
+            decoder_layers(model)[0].register_forward_hook(watch)
+            return model
+        monkeypatch.setattr(training, "load_for_training", load)
+        return tried
+    return limit
+
+
+def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
+def norms(run): return [e["grad_norm"] for e in run.events if e["kind"] == "step"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "padded", "packed", "packed by mask", "LoRA"])
+def test_a_run_that_ran_out_of_memory_is_the_run_that_did_not(tiny, small_memory, monkeypatch, kind):
+    if kind in ("padded", "packed by mask"): monkeypatch.setattr(training, "use_flat_attention", lambda *a: "not here")
+    fields = {**FIELDS, **(dict(packing=True, max_seq_length=128, batch_size=3) if "packed" in kind else {}), **(dict(peft=True, lora_dropout=0) if kind == "LoRA" else {})}
+    plan = Session(tiny, project="whole", **fields).data(CHAT, eval=6)
+    whole = plan.fit()
+    most = 130 if "packed" in kind else 60
+    tried = small_memory(most)
+    cut = plan.options(project_name="cut").fit()
+    assert max(tried) > most and sum(n <= most for n in tried) > 2 * 3                       # it did run out, and went on in pieces
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5) and norms(cut) == pytest.approx(norms(whole), rel=1e-4)
+    name = "adapter_model.safetensors" if kind == "LoRA" else "model.safetensors"
+    a, b = load_file(whole.path/name), load_file(cut.path/name)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    events = [e for e in cut.events if e["kind"] == "oom"]
+    assert events and events[0]["step"] == 1 and events[-1]["most_tokens"] < max(tried) and "stay what they were" in events[0]["text"]
+    progress = Progress(cut.events)
+    assert [m["step"] for m in progress.marks if m["kind"] == "out of memory"] == [e["step"] for e in events] and "out of memory" in curve_svg(series(progress), progress.marks)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run_with_what_helps(tiny, small_memory):
+    small_memory(10)
+    with pytest.raises(ModelError, match="single row.*max_seq_length=.*peft=True") as told: Session(tiny, project="run", **FIELDS).data(CHAT).fit()
+    assert "step 1" in str(told.value)
+
+
+def test_other_errors_are_not_taken_for_it(tiny, small_memory):
+    tried = small_memory(10, lambda: RuntimeError("device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side assert"): Session(tiny, project="run", **FIELDS).data(CHAT).fit()
+    assert len(tried) == 1
+
+
+def test_memory_that_runs_out_elsewhere_is_said_plainly(tiny, monkeypatch):
+    def load(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+    monkeypatch.setattr(training, "load_for_training", load)
+    with pytest.raises(ModelError, match="9.00 GiB.*quantization='int4'"): Session(tiny, project="run", **FIELDS).data(CHAT).fit()
+
+
+@pytest.mark.parametrize("most", [1, 12, 25, 60, None])
+def test_pieces_hold_every_row_once_and_their_losses_add_up(tiny, most):
+    plan = Session(tiny, project="run", **FIELDS).data(CHAT)
+    model, padded = load_base(tiny), next(plan.batches())
+    packed = next(plan.options(packing=True, max_seq_length=128, batch_size=3).batches())
+    for batch in (padded, flat_batch(padded), packed, flat_batch(packed)):
+        if "cu_seq_lens" in batch: training.use_flat_attention(model, batch["input_ids"][0, :40].tolist())
+        elif "documents" in batch: training.plain_attention(model)
+        pieces = split_batch(batch, most)
+        with torch.no_grad(): whole, parts = token_loss_sum(model, batch), [token_loss_sum(model, p) for p in pieces]
+        assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)
+        real = lambda b: b["input_ids"][(b["documents"] if "documents" in b else b["attention_mask"]) > 0].tolist() if "cu_seq_lens" not in b else b["input_ids"][0].tolist()
+        assert sum(map(real, pieces), []) == real(batch)
+        single = lambda b: len(b["cu_seq_lens"]) == 2 if "cu_seq_lens" in b else len(b["input_ids"]) == 1
+        assert most is None or all(p["input_ids"].numel() <= most or single(p) for p in pieces)
+
+
+def test_the_prompts_are_answered_at_each_evaluation(tiny):
+    run = Session(tiny, project="run", **{**FIELDS, "eval_steps": 1}).data(CHAT, eval=4).fit()
+    asked = [e["when"] for e in run.events if e["kind"] == "sample"]
+    assert asked == ["before"] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + ["after"] * 3
+    assert len({e["prompt"] for e in run.events if e["kind"] == "sample"}) == 3
