@@ -3,6 +3,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,48 @@ def screenshot(html, path, width, height):
                         f"--screenshot={path}", page.as_uri()], check=True, capture_output=True)
 
 
+def compared():
+    "Three short runs that differ in one thing, trained if they are not there: folders."
+    plan = Session(sample_model(), project="x").data(sample_data() / "train.jsonl", eval=16).template("chatml").lora(dropout=0)
+    plan = plan.options(batch_size=4, gradient_accumulation=1, max_seq_length=64, max_steps=40, eval_steps=10, gradient_checkpointing=False)
+    for name, lr in (("runs/lr-1e-4", 1e-4), ("runs/lr-5e-4", 5e-4), ("runs/lr-2e-3", 2e-3)):
+        if not (Path(name) / "adapter_config.json").exists(): plan.options(project_name=name, lr=lr).fit()
+        yield name
+
+
+def widget_pictures(run="runs/home-assistant"):
+    "The panels, as JupyterLab shows them: preview_widget.png, chat.png, compare.png."
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from browser import lab, notebook, write_notebook
+    here, runs = Path.cwd(), list(compared())
+    load = f"import os; os.chdir({str(here)!r}); from sftkit import Run, Session, compare, sample_data, sample_model; "
+    cells = dict(preview_widget='Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=sample_data()/"test.jsonl").template("chatml").options(max_seq_length=48).preview(2)',
+                 chat=f'Run.open({run!r}).chat(max_new_tokens=48)', compare=f"compare(*map(Run.open, {runs!r}))")
+    def asked(page): # two questions in wordings that are not in the data
+        for text in ("it's too dark in the hall, do something", "and twenty percent less in the kitchen"):
+            page.locator(".sft-p textarea").fill(text)
+            page.locator(".sft-p textarea").press("Enter")
+            page.wait_for_timeout(300)
+            page.wait_for_function("() => document.querySelector('.sft-p').dataset.busy === 'false'", timeout=300_000)
+        page.evaluate("() => document.activeElement.blur()")
+    def beside(page):
+        page.locator("button[data-template=llama]").click()
+        page.wait_for_function("() => document.querySelector('.sft-p').dataset.columns === '2'")
+        page.locator(".v-t", has_text="assistant").first.hover() if page.locator(".v-t", has_text="assistant").count() else None
+    with tempfile.TemporaryDirectory() as folder, lab(folder) as server:
+        for name, act in (("preview_widget", beside), ("chat", asked), ("compare", lambda page: None)):
+            write_notebook(Path(folder) / f"{name}.ipynb", [load + cells[name]])
+            for dark in (False, True):
+                with notebook(server, f"{name}.ipynb", width=1000, height=1100, dark=dark, scale=1.5) as nb:
+                    if not dark: nb.run_all(seconds=300)
+                    nb.page.wait_for_selector(".sft-p :is(.v-one, textarea, .m-chart path)", timeout=120_000)
+                    if not dark or name == "preview_widget": act(nb.page)
+                    nb.page.wait_for_timeout(800)
+                    nb.page.locator(".sft-p").screenshot(path=DOCS / f"{name}.png" if not dark else Path(tempfile.gettempdir()) / f"sftkit-{name}-dark.png")
+
+
 def main():
+    widget_pictures()
     run, rows = Run.open("runs/home-assistant"), [json.loads(line) for line in open(sample_data() / "test.jsonl", encoding="utf-8")]
     plan = Session(sample_model(), project="home-assistant").data(sample_data() / "train.jsonl", eval=sample_data() / "test.jsonl").template("chatml").lora(r=16, dropout=0)
     screenshot(plan.preview(n=2).html, DOCS / "preview.png", 960, 362)

@@ -6,7 +6,7 @@
 __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores', 'compare', 'Compared']
 
 # %% ../nbs/12_session.ipynb #395256fd
-import contextlib, functools, glob, sys, tempfile, time
+import contextlib, functools, glob, sys, tempfile, threading, time
 from pathlib import Path
 from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
 from .events import RunDirectory
@@ -14,10 +14,23 @@ from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check
 
 # %% ../nbs/12_session.ipynb #9bbeb46c
 class Shown:
-    "Something to look at: HTML where there is a notebook, text elsewhere."
-    def __init__(self, html:str, text:str): self.html, self.text = html, text
+    "Something to look at: a widget where there are widgets, HTML in other notebooks, text elsewhere."
+    def __init__(self,
+        html:str, text:str, # the static forms
+        panel=None, # () -> `widgets.Panel`, or None
+    ): self.html, self.text, self.panel = html, text, panel
+    def _ipython_display_(self):
+        if self.panel is None or not _widgets_work(): raise NotImplementedError # IPython goes on with the static forms
+        self.panel().show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if self.panel is not None and _widgets_work(): return self.panel()._repr_mimebundle_()
+        return {"text/html": self.html, "text/plain": self.text}
     def _repr_html_(self)->str: return self.html
     def __repr__(self)->str: return self.text
+
+def _widgets_work():
+    from sftkit.widgets import choose_renderer
+    return choose_renderer() == "widget"
 
 # %% ../nbs/12_session.ipynb #74771cae
 _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet", ".gz")
@@ -186,13 +199,14 @@ class Session:
         return iter(train_loader(self._work.data))
 
     def preview(self, n:int=3, rows=None)->Shown:
-        "Tokens of the first `n` training rows (or of `rows`), coloured by role and by what becomes of them: trained, not trained, cut off."
+        "Tokens of the first `n` training rows (or of `rows`), coloured by role and by what becomes of them: trained, not trained, cut off. With widgets: of all rows, `n` a page."
         from sftkit.view import preview_html, preview_text
         data = self._work.data
         shown = [{**self.encode(row), "where": f"row {i}"} for i, row in enumerate(rows, 1)] if rows is not None else [{**data.encoder(r.value, r.where), "where": r.where} for r in data.train_rows[:n]]
         stats = {**data.train.stats, "max_seq_length": self.recipe.max_seq_length}
         decode = lambda i: data.tokenizer.convert_ids_to_tokens(int(i))
-        return Shown(preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats))
+        html, text = preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats)
+        return Shown(html, text, lambda: _preview_panel(self, {"text/html": html, "text/plain": text}, n, rows))
 
     def memory(self,
         gpu:str|None=None, # another card than this machine's, e.g. "T4", "RTX 4090", "A100"
@@ -250,6 +264,29 @@ def _portable(plan):
         name = plan._fields["trainer"].partition(":")[2]
         raise RecipeError(f"The trainer `{name}` is defined in this notebook or script, where no other process finds it. Put the class into a file, e.g. my_trainer.py, import it from there, and pass it to .trainer() again.")
     return plan
+
+# %% ../nbs/12_session.ipynb #c3a9515e
+def _encoder_with(data, name):
+    "The encoder that `plan.template(name)` would train with, for the rows of this plan."
+    from sftkit.chat import missing_markers, resolve_template
+    from sftkit.model import add_tokens, load_tokenizer
+    r, tokenizer = data.recipe, load_tokenizer(data.recipe.model, data.recipe.trust_remote_code)
+    template = resolve_template(name, tokenizer)
+    add_tokens(tokenizer, missing_markers(template, tokenizer))
+    tokenizer.chat_template = template.jinja
+    return Encoder(tokenizer, data.encoder.shape, template, data.encoder.max_seq_length, r.add_eos_token, r.train_on)
+
+def _preview_panel(plan, static, n, rows=None):
+    "The widget of `Session.preview`: all training rows and all held-out ones, or the given `rows`."
+    from sftkit.chat import templates
+    from sftkit.widgets import PreviewView
+    data, steps = plan._work.data, [*plan._maps, *([plan._work.data.preprocess] if plan._work.data.preprocess else [])]
+    given = None if rows is None else {"given": functools.reduce(map_rows, steps, [Row(row, f"row {i}") for i, row in enumerate(rows, 1)])}
+    splits = {"training": (data.train_rows, data.train), **({"held out": (data.valid_rows, data.valid)} if data.valid_rows else {})}
+    stats = {name: (e.stats, e.examples) for name, (_, e) in splits.items()}
+    own = data.template.name if data.template else "no template"
+    others = [name for name in templates() if name != own] if data.encoder.shape.kind != "text" else []
+    return PreviewView(given or {name: r for name, (r, _) in splits.items()}, data.encoder, static, {} if given else stats, functools.partial(_encoder_with, data), others, own, n)
 
 # %% ../nbs/12_session.ipynb #779c23be
 def _short(path):
@@ -369,6 +406,7 @@ class Run:
     def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
         self._directory, self._began, self.recipe = directory, directory.began(), recipe
         self._loaded = (model, tokenizer, encoder, stop_ids) if model is not None else None
+        self._in_use = threading.RLock() # of the model: a chat answers on a thread of its own, with the adapter switched off for the base
 
     @classmethod
     def open(cls,
@@ -436,8 +474,21 @@ class Run:
         from sftkit.evaluate import generate
         model, tokenizer, encoder, stop_ids = self._parts()
         many = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict) and ("role" in prompt[0] or "from" in prompt[0]))
-        texts = generate(model, tokenizer, [encoder.prompt(p) for p in (prompt if many else [prompt])], max_new_tokens, stop_ids=stop_ids, **sampling)
+        with self._in_use: texts = generate(model, tokenizer, [encoder.prompt(p) for p in (prompt if many else [prompt])], max_new_tokens, stop_ids=stop_ids, **sampling)
         return texts if many else texts[0]
+
+    def chat(self,
+        base:bool=True, # the base model answers too, beside the tuned one
+        max_new_tokens:int=256, # longest answer
+        temperature:float=0.0, # 0: greedy
+        system:str="", # system message
+    ): # widgets.Chat
+        """Talk to the tuned model and its base, in the template that was trained: a panel to type into where there are widgets, `.ask("...")` everywhere.
+
+        The template's earlier turns are each model's own answers. Of an adapter one model is in memory, so the two answer one after the other; a base whose weights were all trained is loaded beside."""
+        from sftkit.widgets import Chat
+        encoder = self._parts()[2]
+        return Chat(functools.partial(_reply, self, {}), ("tuned", "base") if base else ("tuned",), f"Chat with {self.path.name}", encoder.chat, max_new_tokens, temperature, system)
 
     def versus_base(self,
         prompts, # as for `generate`: a list of texts, messages or rows; rows with an answer show it as reference
@@ -446,7 +497,7 @@ class Run:
         "The base model's answers beside the tuned one's, both greedy and in the same template."
         from sftkit.training import asked
         tuned = self.generate(list(prompts), max_new_tokens)
-        with _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
+        with self._in_use, _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
         return Comparison([dict(prompt=asked(p), reference=_answer(self._parts()[2], p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
 
     def evaluate(self,
@@ -458,7 +509,7 @@ class Run:
         "Score the tuned model. Raises `DataError` if there are no rows to score."
         from sftkit.evaluate import evaluate
         model, tokenizer, encoder, stop_ids = self._parts()
-        return Scores(evaluate(model, tokenizer, self._held_out() if data is None else read_rows(data), encoder, metrics, batch_size, max_new_tokens, stop_ids))
+        with self._in_use: return Scores(evaluate(model, tokenizer, self._held_out() if data is None else read_rows(data), encoder, metrics, batch_size, max_new_tokens, stop_ids))
 
     def _held_out(self):
         from sftkit.training import prepare
@@ -619,6 +670,18 @@ class _as_base:
     def __exit__(self, *error):
         if self.off: self.off.__exit__(*error)
 
+# %% ../nbs/12_session.ipynb #5e2c81fa
+def _reply(run, kept, side, prompt, max_new_tokens, temperature):
+    "Pieces of the answer of the tuned model or its base; the model is in use until the iterator ends or is closed. `kept` holds a base that had to be loaded."
+    import torch
+    from sftkit.evaluate import stream
+    with run._in_use, torch.compiler.set_stance("force_eager"):
+        switch = None if side == "tuned" or kept else _as_base(run)
+        with switch or contextlib.nullcontext(kept.get("base", run) if side == "base" else run) as one:
+            if switch and switch.off is None: kept["base"] = one
+            model, tokenizer, encoder, stop_ids = one._parts()
+            yield from stream(model, tokenizer, encoder.prompt(prompt), max_new_tokens, stop_ids, **({"temperature": float(temperature)} if temperature else {}))
+
 # %% ../nbs/12_session.ipynb #443cf6a7
 def _answer(encoder, prompt): return encoder.reference(prompt) if isinstance(prompt, dict) else None
 
@@ -651,8 +714,19 @@ def compare(
     return Compared([r if isinstance(r, Run) else Run.open(r) for r in runs])
 
 class Compared:
-    "What `compare` returns; `differences` and `results` are DataFrames, `plot()` a figure."
+    "What `compare` returns; `differences` and `results` are DataFrames, `plot()` a figure. Shown, it is a panel where there are widgets, and follows runs that still train."
     def __init__(self, runs): self.runs = runs
+
+    @property
+    def _named(self): # name -> Run: the folder's name where that tells them apart, else its path
+        names = [r.path.name for r in self.runs]
+        return dict(zip(names if len(set(names)) == len(names) else [str(r.path) for r in self.runs], self.runs))
+    def _differing(self): return {field: [self._plain(v) for v in row] for field, row in zip(self.differences.index, self.differences.values.tolist())}
+    @staticmethod
+    def _plain(v): return None if v is None or v != v else v # pandas turns None into NaN
+    def _panel(self):
+        from sftkit.widgets import CompareView
+        return CompareView(self._named, self._differing())
 
     @property
     def differences(self): # pandas.DataFrame: a row per recipe field that differs, a column per run
@@ -680,5 +754,15 @@ class Compared:
             if "eval_loss" in h: fig.add_scatter(x=h.step[h.eval_loss.notna()], y=h.eval_loss.dropna(), mode="markers", name=f"{run.path} eval")
         return fig
 
-    def _repr_html_(self)->str: return f"{self.results._repr_html_()}{self.differences._repr_html_()}"
-    def __repr__(self)->str: return f"{self.results}\n\n{self.differences}"
+    def _ipython_display_(self):
+        if not _widgets_work(): raise NotImplementedError # IPython goes on with the static forms
+        self._panel().show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if _widgets_work(): return self._panel()._repr_mimebundle_()
+        return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+    def _repr_html_(self)->str:
+        from sftkit.view import compare_runs_html
+        return compare_runs_html({name: r.events for name, r in self._named.items()}, self._differing())
+    def __repr__(self)->str:
+        from sftkit.view import compare_runs_text
+        return compare_runs_text({name: r.events for name, r in self._named.items()}, self._differing())

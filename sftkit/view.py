@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'human_number', 'Progress', 'decimate', 'few_marks',
            'smooth', 'series', 'nice_ticks', 'curve_svg', 'panels_svg', 'svg_image', 'gauge_html', 'compare_html',
-           'run_text', 'run_html', 'preview_html', 'preview_text', 'plan_html', 'plan_text', 'report_html',
-           'history_figure']
+           'run_text', 'run_html', 'preview_html', 'preview_text', 'preview_page', 'transcript_html', 'transcript_text',
+           'plan_html', 'plan_text', 'report_html', 'run_ink', 'compare_curves', 'compare_svg', 'results_table',
+           'differences_table', 'compare_runs_html', 'compare_runs_text', 'history_figure']
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
@@ -691,6 +692,85 @@ def preview_text(
             out.append(f"  {visible(clip(role, 40)):<16} {sign} " + (f"{codes.get(state, '')}{shown}\x1b[0m" if ansi and codes.get(state) else shown))
     return "\n".join(out)
 
+# %% ../nbs/09_view.ipynb #6e8ea9de
+def _token_entry(t, styles): # [text, id, style], then [gap, what, right to left] where there is any of it
+    key = (visible(clip(t["role"], 40)), t["state"])
+    style = styles.setdefault(key, len(styles))
+    rest = [clip(_spaces(t["gap"]), 200), t["what"], any(unicodedata.bidirectional(c) in ("R", "AL") for c in t["text"])]
+    return [clip(_spaces(t["text"]), 200), t["id"], style, *(rest if any(rest) else ())]
+
+def _prompt_entry(row, prompt, decode, limit): # how the tokens that inference sends stand to the row
+    if prompt is None or isinstance(prompt, str): return prompt and dict(error=visible(clip(prompt, 2000)))
+    whole, ids = [*row["input_ids"], *row["cut_ids"]], list(prompt)
+    common = next((i for i, (a, b) in enumerate(zip(ids, whole)) if a != b), min(len(ids), len(whole)))
+    if common == len(ids):
+        beyond = f"; {len(ids) - len(row['input_ids']):,} of them lie beyond the limit of training" if len(ids) > len(row["input_ids"]) else ""
+        return dict(length=len(ids), note=f"{len(ids):,} tokens are sent: the very beginning of what is trained{beyond}", tokens=None)
+    shown = [(i, i < common) for i in range(len(ids)) if i < limit // 2 or i >= len(ids) - limit // 2]
+    return dict(length=len(ids), note=f"{len(ids):,} tokens are sent, of which the first {common:,} are as trained: from there on this template writes the conversation so far differently",
+                tokens=[[clip(_spaces(decode(ids[i])), 200), ids[i], same] for i, same in shown])
+
+def _row_entry(row, tokens, prompt, decode, limit, styles):
+    head = dict(number=row.get("number"), where=visible(clip(row.get("where") or "", 200)))
+    if "error" in row: return dict(head, error=visible(clip(row["error"], 2000)))
+    trained, total, cut = _row_counts(row)
+    note = f"{trained:,} of {total:,} tokens trained" + (f", {cut:,} cut off" if cut else "")
+    return dict(head, note=note, tokens=[t if isinstance(t, int) else _token_entry(t, styles) for t in _clip_tokens(tokens, limit)], prompt=_prompt_entry(row, prompt, decode, limit))
+
+def preview_page(
+    encoded_rows:list, # as for `preview_html`, with `number` besides `where`; a row that could not be encoded is {"number", "where", "error"}
+    tokenizer_decode, # id -> str
+    prompts:list|None=None, # per row the ids that inference sends, or why there are none, or None
+    max_tokens:int=600, # shown per row; the rest is counted
+    max_bytes:int=240_000, # of the whole page as JSON; fewer tokens of each row are shown where it would be more
+)->dict: # JSON: rows of {number, where, note, tokens, prompt}; styles, a list of [css, role, state]
+    "The preview as data: what `preview_html` draws, for a page that draws by itself."
+    rows, decode = list(encoded_rows), tokenizer_decode
+    tokens, prompts = [[] if "error" in row else _tokens(row, decode) for row in rows], prompts or [None] * len(rows)
+    while True:
+        styles = {}
+        drawn = [_row_entry(row, t, p, decode, max_tokens, styles) for row, t, p in zip(rows, tokens, prompts)]
+        page = dict(rows=drawn, styles=[[_token_style(role, state), role, state] for role, state in styles])
+        if max_tokens <= 8 or len(json.dumps(page, ensure_ascii=False).encode()) <= max_bytes: return page
+        max_tokens //= 2
+
+# %% ../nbs/09_view.ipynb #c20c4905
+def _said_limit(turns, max_turns): return min(4000, 100_000 // (3 * max(min(turns, max_turns), 1))) # characters of one text, so that a long conversation stays small in the notebook
+
+def transcript_html(
+    turns:list, # dicts: user; base and tuned (text, or None if not asked); note (stopped, or an error) or ""
+    title:str="chat", # of the run
+    system:str="", # system message, if one was sent
+    max_turns:int=30, # the last are shown; the rest is counted
+)->str: # HTML with inline styles only
+    "A conversation at rest, base and tuned side by side."
+    plain = "text-align:left;vertical-align:top;border:0;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere"
+    names = [n for n in ("base", "tuned") if any(t.get(n) is not None for t in turns)]
+    wide, body, limit = max(len(names), 1), [], _said_limit(len(turns), max_turns)
+    row = lambda inner: body.append(_tag("tr", inner, style="background:transparent"))
+    said = lambda name, text: _tag("span", name, style="font-size:11px;opacity:.7") + "<br>" + html_escape(text, limit)
+    for t in turns[-max_turns:]:
+        row(_tag("td", said("you", t["user"]), colspan=wide, style=f"{plain};padding:8px 14px 6px 0;border-top:{_RULE};font-weight:600"))
+        if names: row("".join(_tag("td", said(n, t[n] if t.get(n) is not None else "–"), style=f"{plain};padding:2px 18px 10px 0;width:{100 // wide}%") for n in names))
+        if t.get("note"): row(_tag("td", "⚠ " + html_escape(t["note"], 1200), colspan=wide, style=f"{plain};padding:0 14px 8px 0;font-size:12px"))
+    earlier = _tag("div", f"{len(turns) - max_turns:,} earlier turns are not shown", style=_SMALL) if len(turns) > max_turns else ""
+    order = _tag("div", "system: " + html_escape(system, 2000), style=f"{_SMALL};white-space:pre-wrap;overflow-wrap:anywhere") if system else ""
+    table = _tag("table", _tag("tbody", "".join(body)), style=f"{_TABLE};table-layout:fixed") if turns else _tag("div", "nothing was said yet", style=_SMALL)
+    return _tag("div", _heading(title) + order + earlier + table, style=f"{_BOX};max-width:960px")
+
+def transcript_text(
+    turns:list, # as for `transcript_html`
+    system:str="", # system message, if one was sent
+    max_turns:int=30, # the last are shown; the rest is counted
+)->str: # lines
+    "A conversation for a terminal or a log."
+    out, limit = [f"system: {visible(clip(system, 2000))}"] if system else [], _said_limit(len(turns), max_turns)
+    if len(turns) > max_turns: out.append(f"{len(turns) - max_turns:,} earlier turns are not shown")
+    for t in turns[-max_turns:]:
+        out += [f"{name:>6}: {visible(clip(text, limit))}" for name, text in (("you", t["user"]), ("base", t.get("base")), ("tuned", t.get("tuned"))) if text is not None]
+        if t.get("note"): out.append(f"     !  {visible(clip(t['note'], 1200))}")
+    return "\n".join(out) or "nothing was said yet"
+
 # %% ../nbs/09_view.ipynb #e3d54148
 def plan_html(
     plan:dict, # title; rows: [(label, value)]; warnings: [str]
@@ -757,6 +837,115 @@ def report_html(
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html_escape(title, 200)}</title><style>{_REPORT_CSS}</style>'
     footer = "<footer>Made by sftkit from the events of the run.</footer>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{_tag("main", "".join(parts) + footer)}</body></html>'
+
+# %% ../nbs/09_view.ipynb #bc3ffed0
+_RUN_INKS = ("#3b7dd8", "#d9780a", "#16946a", "#9a67c4", "#c2467e", "#7d838c", "#a8861b", "#2a9bb0")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
+
+def run_ink(
+    number:int, # of the run among those compared, from 0
+)->tuple[str, str]: # colour, dash pattern of its line ("": solid)
+    "How a run is drawn beside others."
+    return _RUN_INKS[number % len(_RUN_INKS)], _DASHES[number % len(_DASHES)]
+
+def compare_curves(
+    events, # events of a run, or a `Progress`
+    max_points:int=2000, # per curve
+)->dict: # JSON: loss (smoothed when there are enough steps) and evals, each [[step, trained tokens, seconds, value or None], ...]
+    "The curves with which a run is compared."
+    p = _as_progress(events)
+    steps, losses = _column(p.steps, "loss")
+    y, at, tokens, seconds = (smooth(steps, losses) if len(steps) > _FEW else losses), {}, 0, 0.0
+    for e in p.steps:
+        tokens, seconds = tokens + (e.get("tokens") or 0), seconds + (e.get("seconds") or 0.0)
+        at[e["step"]] = [tokens, round(seconds, 3)]
+    point = lambda step, value: [step, *at.get(step, [0, 0.0]), round(value, 5) if math.isfinite(value) else None]
+    es, ey = _column([e for e in p.evals if e["step"] in at or not e["step"]], "loss")
+    return dict(loss=[point(steps[i], y[i]) for i in decimate(y, max_points)], evals=[point(es[i], ey[i]) for i in decimate(ey, max_points)])
+
+# %% ../nbs/09_view.ipynb #d17c64a8
+def _spread(ends, gap=13): # pushes labels [y, ...] apart, downwards
+    ends.sort()
+    for before, after in zip(ends, ends[1:]): after[0] = max(after[0], before[0] + gap)
+    return ends
+
+def compare_svg(
+    runs:dict, # name -> what `compare_curves` returns
+    width:int=700, height:int=300, # in pixels
+)->str: # one <svg> element, readable on light and dark
+    "The losses of several runs on common axes, by optimizer step."
+    number = lambda v: math.nan if v is None else v
+    curves = [{k: ([p[0] for p in c[k]], [number(p[3]) for p in c[k]]) for k in ("loss", "evals")} for c in runs.values()]
+    values = [v for c in curves for k in c for v in c[k][1] if math.isfinite(v)]
+    last = max([1, *(a for c in curves for k in c for a in c[k][0])])
+    low, high, _ = _loss_range(dict(loss=((), values)))
+    left, top, right, bottom = box = 52, 28, width - 40, height - 42
+    fx = lambda v: left + v / last * (right - left)
+    fy = lambda v: bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - top)
+    body, ends = [_svg_axes(box, fx, fy, nice_ticks(0, last, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55)))], []
+    for i, (name, c) in enumerate(zip(runs, curves)):
+        ink, dash = run_ink(i)
+        body.append(_tag("path", _tag("title", html_escape(name, 200)), d=_path(*c["loss"], fx, fy), fill="none", stroke=ink, stroke_width=2, stroke_linejoin="round", **(dict(stroke_dasharray=dash) if dash else {})))
+        body += [_tag("circle", cx=float(fx(a)), cy=float(fy(b)), r=3.4, fill="none", stroke=ink, stroke_width=2) for a, b in zip(*c["evals"]) if math.isfinite(b)]
+        end = next(((a, b) for a, b in zip(reversed(c["loss"][0]), reversed(c["loss"][1])) if math.isfinite(b)), None)
+        if end: ends.append([fy(end[1]) + 4, fx(end[0]) + 8, str(i + 1), ink])
+    body += [_svg_text(x, y, label, ink=ink, size=11.5, font_weight=600) for y, x, label, ink in _spread(ends)]
+    if not values: body.append(_svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
+    return _svg(width, height, "".join(body), role="img", aria_label="loss of several runs by optimizer step", font_family=_FONT)
+
+# %% ../nbs/09_view.ipynb #6944e7f8
+def results_table(
+    runs:dict, # name -> events, or a `Progress`
+)->list: # [[heading, ...], [number, name, state, ...], ...], all text
+    "What came of several runs: a row per run."
+    head, rows = ["", "run", "state", "steps", "last loss", "best eval loss", "perplexity", "time", "tokens/s", "memory peak"], []
+    for i, (name, events) in enumerate(runs.items(), 1):
+        p = _as_progress(events)
+        f, best = p.facts(), min((_number(e.get("loss")) for e in p.evals if math.isfinite(_number(e.get("loss")))), default=None)
+        speed = human_number(round(f["tokens_per_second"])) if f["tokens_per_second"] else "–"
+        rows.append([str(i), name, _STATES.get(f["state"], f["state"] or "–"), f"{f['step']:,}" + (f" / {f['total_steps']:,}" if f["total_steps"] and f["total_steps"] != f["step"] else ""),
+                     human_number(f["smooth_loss"]), human_number(best), human_number(f["perplexity"]), human_seconds(f["elapsed"]), speed, human_bytes(f["peak_bytes"])])
+    return [head, *([visible(clip(v, 200)) for v in row] for row in rows)]
+
+def differences_table(
+    differences:dict, # recipe field -> list of values, one per run
+    names, # of the runs
+)->list: # [["", number and name, ...], [field, value, ...], ...], all text; secrets are left out or blotted out
+    "Where recipes differ, as a table."
+    shown = lambda v: "–" if v is None else _SECRET.sub("•••", v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))
+    rows = [[visible(clip(k, 80)), *(visible(clip(shown(v), 400)) for v in values)] for k, values in differences.items() if not (_SECRET_FIELD.search(k) and any(isinstance(v, str) for v in values))]
+    return [["", *(f"{i} {visible(clip(n, 80))}" for i, n in enumerate(names, 1))], *rows]
+
+def _grid(table, inks): # a table with a heading; `inks`: (row, column) -> colour of the dot before the text
+    cell = f"text-align:left;vertical-align:top;padding:3px 14px 3px 0;border:0;border-top:{_RULE};font-size:12px"
+    def one(tag, r, c, text, style):
+        dot = _tag("span", "●", style=f"color:{inks[r, c]}") + " " if (r, c) in inks else ""
+        return _tag(tag, dot + html_escape(text), style=style + (";overflow-wrap:anywhere" if len(text) > 24 else ";white-space:nowrap"))
+    head = "".join(one("th", 0, c, v, f"{cell};border-top:0;font-weight:600") for c, v in enumerate(table[0]))
+    body = "".join(_tag("tr", "".join(one("td", r, c, v, cell) for c, v in enumerate(row)), style="background:transparent") for r, row in enumerate(table[1:], 1))
+    return _tag("div", _tag("table", _tag("thead", _tag("tr", head, style="background:transparent")) + _tag("tbody", body), style=f"{_TABLE};width:auto"), style="overflow-x:auto")
+
+def compare_runs_html(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+    max_points:int=600, # per curve; fewer where there are many runs
+)->str: # HTML with inline styles only
+    "Runs side by side at rest: curves, results, and where the recipes differ."
+    curves = {name: compare_curves(e, max(60, min(max_points, 4000 // max(len(runs), 1)))) for name, e in runs.items()}
+    picture = svg_image(compare_svg(curves), f"losses of {len(runs)} runs by optimizer step", "width:100%;max-width:760px;height:auto;display:block")
+    results, other = results_table(runs), differences_table(differences, runs)
+    inks = [run_ink(i)[0] for i in range(len(runs))]
+    where = _grid(other, {(0, i + 1): ink for i, ink in enumerate(inks)}) if len(other) > 1 else _tag("div", "the recipes do not differ", style=_SMALL)
+    return _tag("div", _heading(f"{len(runs)} runs compared") + picture + _grid(results, {(i + 1, 0): ink for i, ink in enumerate(inks)}) + _heading("Where the recipes differ") + where, style=f"{_BOX};max-width:960px")
+
+def compare_runs_text(
+    runs:dict, # name -> events, or a `Progress`
+    differences:dict, # recipe field -> list of values, one per run
+)->str: # two aligned tables
+    "Runs side by side for a terminal."
+    tables = [t for t in (results_table(runs), differences_table(differences, runs)) if len(t) > 1]
+    widths = [[max(len(row[i]) for row in t) for i in range(len(t[0]))] for t in tables]
+    return "\n\n".join("\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, wide)).rstrip().replace("\n", " ") for row in t) for t, wide in zip(tables, widths))
 
 # %% ../nbs/09_view.ipynb #15da231d
 def history_figure(

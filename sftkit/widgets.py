@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['choose_renderer', 'clicks_arrive', 'LiveView', 'WidgetRenderer', 'HtmlRenderer', 'TerminalRenderer', 'make_renderer',
-           'Publisher', 'live', 'watch']
+           'Publisher', 'live', 'watch', 'Panel', 'PreviewView', 'Chat', 'ChatView', 'CompareView']
 
 # %% ../nbs/10_widgets.ipynb #61f133b4
-import contextlib, importlib.resources, logging, os, sys, threading, time, uuid
+import bisect, contextlib, importlib.resources, logging, math, os, sys, threading, time, uuid
 from pathlib import Path
 import anywidget, traitlets
 from .recipe import RunError, SftkitError, did_you_mean
-from .events import RunDirectory, read_events
-from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, run_html, run_text, visible, few_marks
+from .events import RUNNING, RunDirectory, read_events
+from .view import Progress, clip, decimate, human_bytes, human_number, human_seconds, html_escape, run_html, run_text, visible, few_marks
 from .view import _headline, _memory_parts, _memory_words, _number, _pair_samples, _scores, _STATES
+from .view import compare_curves, compare_runs_html, compare_runs_text, differences_table, preview_page, results_table, run_ink, transcript_html, transcript_text, _preview_headline
 
 # %% ../nbs/10_widgets.ipynb #5e62e38b
 _RENDERERS = ("widget", "html", "terminal", "plain")
@@ -366,3 +367,408 @@ def watch(
     publisher = Publisher(run_path, renderer, stop=stop, until_end=True)
     publisher.start()
     return publisher
+
+# %% ../nbs/10_widgets.ipynb #8e02a7d4
+def _script(name): # panel.js, then the file that draws
+    folder = importlib.resources.files("sftkit")
+    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("panel", name))
+
+class Panel(anywidget.AnyWidget):
+    "A widget that takes the place of its static form while a kernel answers. Subclasses have `static` and `_asked`."
+    run_id = traitlets.Unicode().tag(sync=True) # the place in the page, and the static form that is hidden
+
+    def __init__(self,
+        **traits, # of the widget
+    ):
+        self._busy, self._twin = threading.RLock(), None
+        super().__init__(run_id=uuid.uuid4().hex[:12], **traits)
+        _listen_while_busy(self)
+        self.on_msg(self._asked)
+
+    def _asked(self, widget, content, buffers): "A message from the page: what it holds is checked before use."
+
+    def static(self)->dict: # text/html and text/plain
+        "What a saved notebook shows."
+        raise NotImplementedError
+
+    def _hidden(self): # the static form, marked so that the page can hide it
+        return {**self.static(), "text/html": f'<div class="sft-static" data-run="{self.run_id}">{self.static()["text/html"]}</div>'}
+
+    def _repr_mimebundle_(self, **kwargs):
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return {**data, **self._hidden()}, metadata
+
+    def show(self)->"Panel":
+        "Display the place and the static form as outputs of this cell."
+        from IPython.display import display
+        place, metadata = {"text/html": f'<div class="sft-panel" data-run="{self.run_id}"></div>', "text/plain": ""}, {}
+        if os.environ.get("VSCODE_PID"):
+            place, metadata = self._repr_mimebundle_()
+            place |= {"text/html": "", "text/plain": ""}
+        display(place, metadata=metadata, raw=True)
+        self._twin = display(self._hidden(), raw=True, display_id=True)
+        return self
+
+    def refresh(self):
+        "Bring the static form up to date."
+        if self._twin is not None: self._twin.update(self._hidden(), raw=True)
+
+    def close(self):
+        "Close the widget and the layout model that comes with it; the page shows the static form again."
+        layout = self.layout
+        super().close()
+        if layout is not None: layout.close()
+
+# %% ../nbs/10_widgets.ipynb #2c95e8f6
+class PreviewView(Panel):
+    "The rows of a plan, page by page, as they are trained and as inference will send them."
+    _esm = _script("preview")
+    about = traitlets.Dict().tag(sync=True) # title, own, templates, n, splits of {name, rows, filters, headline}
+    first = traitlets.List().tag(sync=True) # the pages that are shown at once
+
+    def __init__(self,
+        rows:dict, # name of the split -> list of `Row`s, already mapped
+        encoder, # the plan's `Encoder`
+        static:dict, # text/html and text/plain of the first rows
+        stats:dict|None=None, # name of the split -> (stats of `encode_rows`, its examples); none for rows that are not part of the data
+        encoder_for=None, # name of a built-in template -> `Encoder`; None where rows are no conversations
+        templates=(), # names for `encoder_for`
+        own:str="own", # name of the plan's template
+        n:int=3, # rows a page
+        title:str="What is trained",
+    ):
+        self._rows, self._static, self._stats, self._encoder_for = rows, static, stats or {}, encoder_for
+        self._encoders, self._found, self._n = {"": encoder}, {}, min(max(n, 1), 20)
+        splits = [dict(name=name, rows=len(r), filters=[[k, c] for k, c in self._filters(name) if c], headline=self._headline(name)) for name, r in rows.items()]
+        super().__init__(about=dict(title=visible(clip(title, 200)), own=visible(clip(own, 60)), templates=list(templates), n=self._n, splits=splits))
+        self.first = [self.page(next(iter(rows)))]
+
+    def static(self): return self._static
+
+    def _headline(self, split):
+        stats, _ = self._stats.get(split, ({}, ()))
+        return visible(_preview_headline([], {**stats, "max_seq_length": self._encoders[""].max_seq_length})).partition(" · ")[2].replace("whole data:", "tokens trained:") if stats else f"{len(self._rows[split]):,} rows"
+
+    def _filters(self, split): # [(name, rows)]
+        stats, _ = self._stats.get(split, ({}, ()))
+        return [("cut", stats.get("cut_rows", 0)), ("lost answer", len(stats.get("lost_rows", ())))]
+
+    def _numbers(self, split, which): # numbers of the rows that are meant, from 0
+        rows = self._rows[split]
+        if which == "all": return range(len(rows))
+        if (split, which) not in self._found:
+            stats, examples = self._stats.get(split, ({}, ()))
+            limit, places = self._encoders[""].max_seq_length, set(stats.get("lost_rows", ()))
+            if which == "cut": places |= {e["where"] for e in examples if e["length"] == limit}
+            found = [i for i, r in enumerate(rows) if r.where in places]
+            if which == "cut": found = [i for i in found if self._encoders[""](rows[i].value, rows[i].where)["cut_ids"]]
+            self._found[split, which] = found
+        return self._found[split, which]
+
+    def _encoder(self, template):
+        if template not in self._encoders: self._encoders[template] = self._encoder_for(template)
+        return self._encoders[template]
+
+    def _encoded(self, number, row, template): # the row, and the prompt made of it
+        head = dict(number=number + 1, where=row.where)
+        try:
+            encoder = self._encoder(template)
+            out = {**encoder(row.value, row.where), **head}
+        except SftkitError as e: return {**head, "error": str(e)}, None
+        try: return out, encoder.prompt(row.value)
+        except SftkitError as e: return out, str(e)
+
+    def page(self,
+        split:str, # name
+        start:int=0, # position among the rows that are meant
+        template:str="", # a built-in one; "": the plan's own
+        which:str="all", # "all", "cut" or "lost answer"
+        row:int|None=None, # instead of `start`: the first meant row with this number or a higher one
+    )->dict: # JSON, below 300 kB: split, which, start, template, total, rows and styles as in `preview_page`
+        "One page of rows, encoded now."
+        with self._busy:
+            numbers, rows = self._numbers(split, which), self._rows[split]
+            if row is not None: start = bisect.bisect_left(numbers, row - 1)
+            start = max(0, min(start, len(numbers) - 1))
+            done = [self._encoded(i, rows[i], template) for i in numbers[start:start + self._n]]
+            tokenizer = self._encoders.get(template, self._encoders[""]).tokenizer
+            page = preview_page([e for e, _ in done], lambda i: tokenizer.decode([int(i)]), [p for _, p in done])
+        return dict(page, split=split, which=which, start=start, template=template, total=len(numbers), **({} if row is None else {"row": row}))
+
+    def _asked(self, widget, content, buffers):
+        if not isinstance(content, dict) or content.get("type") != "rows": return
+        split, which, template, start, row = (content.get(k) for k in ("split", "which", "template", "start", "row"))
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+        if split not in list(self._rows) or which not in ("all", "cut", "lost answer") or template not in ("", *self.about["templates"]) or not whole(start) or not (row is None or whole(row)): return
+        self.send(self.page(split, start, template, which, row))
+
+# %% ../nbs/10_widgets.ipynb #b3f7a182
+class Chat:
+    "A conversation with the tuned model and its base. `chat.ask(\"...\")` asks and prints, anywhere; a notebook with widgets shows a panel to type into."
+    def __init__(self,
+        answer, # (side, prompt, max_new_tokens=, temperature=) -> iterator of str; `prompt` is a list of messages, or a text where `turns_are_sent` is False
+        sides:tuple=("tuned", "base"), # in the order in which they answer
+        title:str="chat",
+        turns_are_sent:bool=True, # False for models of plain text: each question is sent alone, as it is
+        max_new_tokens:int=256, # longest answer
+        temperature:float=0.0, # 0: the likeliest token each time
+        system:str="", # system message
+    ):
+        self.title, self.sides, self.turns_are_sent, self.turns, self._answer, self._views = title, tuple(sides), turns_are_sent, [], answer, []
+        self._working, self._stop = threading.Lock(), threading.Event()
+        self.settings(max_new_tokens, temperature, system)
+
+    def settings(self, max_new_tokens:int|None=None, temperature:float|None=None, system:str|None=None)->"Chat":
+        "Change what is given, for the answers to come. Raises `RunError` for values that make no sense."
+        real = lambda v, kinds: isinstance(v, kinds) and not isinstance(v, bool)
+        if max_new_tokens is not None and not (real(max_new_tokens, int) and 1 <= max_new_tokens <= 100_000): raise RunError(f"max_new_tokens is {max_new_tokens!r}; a whole number from 1 to 100000 is accepted, e.g. 256.")
+        if temperature is not None and not (real(temperature, (int, float)) and 0 <= temperature <= 10): raise RunError(f"temperature is {temperature!r}; a number from 0 (greedy) to 10 is accepted, e.g. 0.7.")
+        if system is not None and not isinstance(system, str): raise RunError(f"system is {type(system).__name__}; a text is accepted.")
+        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("system", system)):
+            if value is not None: setattr(self, name, value)
+        return self
+
+    def messages(self,
+        side:str, # whose conversation; each model goes on from its own answers
+        text:str, # the question
+    ): # list of messages, or the text alone
+        "What is sent for a question."
+        if not self.turns_are_sent: return text
+        said = [m for t in self.turns if t["note"] != "…" and (t.get(side) or "").strip() for m in ({"role": "user", "content": t["user"]}, {"role": "assistant", "content": t[side]})]
+        return [*([{"role": "system", "content": self.system}] if self.system.strip() else []), *said, {"role": "user", "content": text}]
+
+    @property
+    def busy(self)->bool: return self._working.locked()
+
+    def _begin(self, text, sides):
+        if not isinstance(text, str) or not text.strip(): raise RunError("The question is empty. Type a text, e.g. chat.ask(\"Hello\").")
+        if not self._working.acquire(blocking=False): raise RunError("The answer before is still being written. Wait for its end, or type chat.stop().")
+        self._stop.clear()
+        sides = [s for s in self.sides if s in (sides or self.sides)]
+        prompts = {side: self.messages(side, text) for side in sides}
+        turn = dict(user=text, base=None, tuned=None, note="…")
+        self.turns.append(turn)
+        self._tell("turn", turn)
+        return turn, prompts
+
+    def _reply(self, turn, prompts, say):
+        try:
+            for side, prompt in prompts.items():
+                if self._stop.is_set(): break
+                turn[side] = ""
+                with contextlib.closing(self._answer(side, prompt, max_new_tokens=self.max_new_tokens, temperature=self.temperature)) as pieces:
+                    for piece in pieces:
+                        if self._stop.is_set(): break
+                        turn[side] += piece
+                        say(side, piece)
+            turn["note"] = "stopped" if self._stop.is_set() else ""
+        except BaseException as e:
+            turn["note"] = "stopped" if isinstance(e, KeyboardInterrupt) else f"{type(e).__name__}: {e}"
+            raise
+        finally:
+            self._working.release()
+            self._tell("end", turn)
+
+    def _tell(self, what, turn, side=None):
+        for view in list(self._views): view.told(what, turn, side)
+
+    def ask(self,
+        text:str, # the question
+        sides=None, # ("tuned",) to leave the base out; by default both
+    ):
+        "Ask, and print the answers as they are written. Raises `RunError` while another answer is being written."
+        turn, prompts = self._begin(text, sides)
+        begun = set()
+        def say(side, piece):
+            print((("\n" if begun - {side} else "") + f"{side}: " if side not in begun else "") + visible(piece), end="", flush=True)
+            begun.add(side)
+            self._tell("piece", turn, side)
+        try: self._reply(turn, prompts, say)
+        finally: print(flush=True)
+
+    def send(self,
+        text:str, # the question
+        sides=None, # as for `ask`
+    )->threading.Thread: # ends with the answers
+        "Ask on a thread of its own; the answers come into `turns` and into the panels that show this chat."
+        turn, prompts = self._begin(text, sides)
+        def work():
+            try: self._reply(turn, prompts, lambda side, piece: self._tell("piece", turn, side))
+            except Exception as e: _log.info("%s: no answer: %s", self.title, e) # the panel says it, in the turn's note
+        thread = threading.Thread(target=work, name="sftkit-chat", daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self):
+        "Stop the answer that is being written; what is there of it stays."
+        self._stop.set()
+
+    def clear(self):
+        "Forget the conversation. Raises `RunError` while an answer is being written."
+        if self.busy: raise RunError("An answer is still being written. Type chat.stop() first.")
+        self.turns.clear()
+        self._tell("clear", None)
+
+    def _static(self):
+        return {"text/html": transcript_html(self.turns, self.title, self.system if self.turns_are_sent else ""), "text/plain": transcript_text(self.turns, self.system if self.turns_are_sent else "")}
+    def _hint(self): return "" if self.turns else "Ask with chat.ask(\"...\"), or with run.generate(messages)."
+    def _ipython_display_(self):
+        if choose_renderer() != "widget": raise NotImplementedError # IPython goes on with the static forms
+        ChatView(self).show()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if choose_renderer() == "widget": return ChatView(self)._repr_mimebundle_()
+        return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+    def _repr_html_(self)->str: return self._static()["text/html"] + (f'<div style="font-size:12px">{html_escape(self._hint())}</div>' if self._hint() else "")
+    def __repr__(self)->str: return f"{visible(self.title)}\n{self._static()['text/plain']}" + (f"\n{self._hint()}" if self._hint() else "")
+
+# %% ../nbs/10_widgets.ipynb #f9406c2d
+class ChatView(Panel):
+    "A `Chat` to type into."
+    _esm = _script("chat")
+    about = traitlets.Dict().tag(sync=True) # title, sides, turns_are_sent
+    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
+    interval = 0.06 # seconds between messages while an answer is written
+
+    def __init__(self,
+        chat, # `Chat`
+    ):
+        self._chat, self._seq, self._next, self._sent = chat, 0, 0.0, {}
+        super().__init__(about=dict(title=visible(clip(chat.title, 200)), sides=list(chat.sides), turns_are_sent=chat.turns_are_sent))
+        chat._views.append(self)
+
+    def static(self): return self._chat._static()
+
+    def get_state(self, key=None, drop_defaults=False):
+        with self._busy:
+            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
+            state = super().get_state(key, drop_defaults)
+            self._trait_values["history"] = {}
+        return state
+
+    def _turn(self, turn, limit=8000): return {k: None if v is None else visible(clip(v, limit if k != "note" else 1200)) for k, v in turn.items()}
+    def _whole(self, most=50):
+        c = self._chat
+        return dict(seq=self._seq, first=max(len(c.turns) - most, 0), turns=[*(self._turn(t, 2000) for t in c.turns[-most:-1]), *map(self._turn, c.turns[-1:])], busy=c.busy, max_new_tokens=c.max_new_tokens, temperature=c.temperature, system=c.system)
+
+    def _tell(self, **message):
+        self._seq += 1
+        self.send(dict(message, seq=self._seq))
+
+    def told(self,
+        what:str, # "turn", "piece", "end" or "clear"
+        turn, # the turn that is meant
+        side:str|None=None, # who said the piece
+    ):
+        "Pass on what happened in the chat. Pieces that come fast are sent together."
+        with self._busy:
+            if what == "piece":
+                if time.monotonic() < self._next: return
+                self._next = time.monotonic() + self.interval
+            if what == "clear": self._tell(cleared=True)
+            else:
+                number, shown = next(i for i, t in enumerate(self._chat.turns) if t is turn), self._turn(turn)
+                before = self._sent.get(number, {}) if what == "piece" else {}
+                self._sent = {number: shown}
+                grown = {k: v[len(before[k]):] for k, v in shown.items() if k in self._chat.sides and v and before.get(k) and v.startswith(before[k])}
+                if before and all(shown[k] == before.get(k) for k in shown if k not in grown): self._tell(turn=number, grown=grown)
+                else: self._tell(turn=number, whole=shown, busy=self._chat.busy)
+        if what in ("end", "clear"): self.refresh()
+
+    def _asked(self, widget, content, buffers):
+        if not isinstance(content, dict): return
+        kind, c = content.get("type"), self._chat
+        try:
+            if kind == "ask":
+                c.settings(content.get("max_new_tokens"), content.get("temperature"), content.get("system"))
+                sides = content.get("sides")
+                c.send(content.get("text"), [s for s in sides if s in c.sides] if isinstance(sides, list) else None)
+            elif kind == "stop": c.stop()
+            elif kind == "clear": c.clear()
+        except SftkitError as e: self._tell(refused=visible(clip(e, 1200)))
+
+    def close(self):
+        "Close the panel; the chat goes on without it."
+        if self in self._chat._views: self._chat._views.remove(self)
+        super().close()
+
+# %% ../nbs/10_widgets.ipynb #a0d6e427
+class CompareView(Panel):
+    "Several runs side by side, those that still train followed."
+    _esm = _script("compare")
+    about = traitlets.Dict().tag(sync=True) # runs of {name, ink, dash}, differences
+    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
+    interval, twin_seconds = 1.0, 10.0 # between looks at the events; between refreshes of the static form
+
+    def __init__(self,
+        runs:dict, # name -> `RunDirectory`, or something with a `directory` that is one, such as `Run`
+        differences:dict, # recipe field -> list of values, one per run
+    ):
+        self._runs, self._differences, self._seq, self._closed = runs, differences, 0, threading.Event()
+        self._progress, self._offsets, self._quiet = {name: Progress() for name in runs}, dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0)
+        self._max_points = max(60, min(2000, 8000 // max(len(runs), 1)))
+        names = [dict(name=visible(clip(n, 200)), ink=run_ink(i)[0], dash=run_ink(i)[1]) for i, n in enumerate(runs)]
+        self._read()
+        self._quiet = dict.fromkeys(runs, -math.inf) # a run that does not say its end may have died long ago
+        self._read()
+        super().__init__(about=dict(runs=names, differences=differences_table(differences, runs)))
+
+    def static(self): return {"text/html": compare_runs_html(self._progress, self._differences), "text/plain": compare_runs_text(self._progress, self._differences)}
+
+    def get_state(self, key=None, drop_defaults=False):
+        with self._busy:
+            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._message(list(self._runs))
+            state = super().get_state(key, drop_defaults)
+            self._trait_values["history"] = {}
+        return state
+
+    def _message(self, names): # curves of the runs called so, results of all
+        order = list(self._runs)
+        return dict(seq=self._seq, curves={order.index(n): compare_curves(self._progress[n], self._max_points) for n in names}, results=results_table(self._progress), live=[self._live(n) for n in order])
+
+    def _live(self, name): return self._progress[name].state in ("", *RUNNING)
+
+    def _read(self): # names of the runs that have something new
+        new = []
+        for name, run in self._runs.items():
+            if self._offsets[name] and not self._live(name): continue
+            p = self._progress[name]
+            try:
+                directory = getattr(run, "directory", run)
+                events, self._offsets[name] = read_events(directory.events_path, self._offsets[name])
+                if not events and time.monotonic() - self._quiet[name] > 5: # silence: is anybody still there?
+                    status = directory.status()
+                    if status.get("state") == "died": events = [status]
+                    self._quiet[name] = time.monotonic()
+            except SftkitError as e: events = [{"kind": "state", "state": "died", "error": str(e)}]
+            if events:
+                p.add(events); new.append(name)
+                self._quiet[name] = time.monotonic()
+        return new
+
+    def follow(self)->threading.Thread|None: # None where no run is going on
+        "Follow the runs that still train, on a thread that ends with the last of them."
+        if not any(map(self._live, self._runs)): return None
+        thread = threading.Thread(target=self._follow, name="sftkit-view-compare", daemon=True)
+        thread.start()
+        return thread
+
+    def _follow(self):
+        twin, pause = time.monotonic() + self.twin_seconds, self.interval
+        while any(map(self._live, self._runs)) and not self._closed.wait(pause):
+            began = time.monotonic()
+            with self._busy:
+                if new := self._read(): self._seq += 1; self.send(self._message(new))
+            if began > twin: self.refresh(); twin = began + self.twin_seconds
+            pause = max(self.interval, 20 * (time.monotonic() - began))
+        if not self._closed.is_set(): self.refresh()
+
+    def show(self):
+        super().show()
+        self.follow()
+        return self
+
+    def close(self):
+        "Close the view and stop following."
+        self._closed.set()
+        super().close()

@@ -119,9 +119,9 @@ def _end(process):
 
 
 @contextlib.contextmanager
-def notebook(server, name, width=1200, height=1000, dark=False, app="lab"):
+def notebook(server, name, width=1200, height=1000, dark=False, app="lab", scale=1):
     "A page with notebook `name` (relative to the server's folder) open and its kernel ready. `app`: lab (JupyterLab 4) or notebook (Notebook 7)."
-    context = server.browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    context = server.browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="dark" if dark else "light")
     page = context.new_page()
     nb = NotebookPage(server, name, page, app)
     try:

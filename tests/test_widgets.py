@@ -290,3 +290,284 @@ def test_no_page_gets_more_than_it_can_draw_and_the_extremes_stay(sent):
 def test_scores_reach_the_page():
     p = Progress([{"kind": "step", "step": 1, "loss": 2.0, "ce": 2.0, "kl": 0.5}, {"kind": "step", "step": 2, "loss": 1.0, "ce": 1.0, "kl": 0.25}, {"kind": "eval", "step": 2, "loss": 1.5, "bleu": 12.5, "a\u202eb": 1.0}])
     assert widgets._live_facts(p)["scores"] == "evaluation: loss 1.5 · bleu 12.5 · a⟨U+202E⟩b 1\nloss parts: ce 2 → 1 · kl 0.5 → 0.25"
+
+
+# --- panels
+
+from sftkit.widgets import Panel, PreviewView # noqa: E402
+HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\u202e\x00\u2066"
+
+@pytest.fixture
+def told(monkeypatch):
+    "Messages of panels to their pages, as JSON keeps them."
+    messages = []
+    monkeypatch.setattr(Panel, "send", lambda self, content, buffers=None: messages.append(json.loads(json.dumps(content, allow_nan=False))))
+    return messages
+
+@pytest.fixture
+def plan(tiny):
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}" + " please" * (i % 20)}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(60)]
+    rows[7]["messages"][0]["content"] = HOSTILE; rows[8]["messages"][1]["content"] = "x\u2028y" * 40_000
+    rows[9]["messages"] = [{"role": "system", "content": "Be short."}, {"role": "assistant", "content": "hello"}, *rows[9]["messages"]]
+    return Session(tiny, project="p").data(rows, eval=6).options(max_seq_length=40)
+
+def preview_of(plan, n=3, **kw): return plan.preview(n, **kw).panel()
+
+def test_preview_pages_are_what_the_trainer_gets(plan):
+    v, data = preview_of(plan, 5), plan._work.data
+    for split, rows in (("training", data.train_rows), ("held out", data.valid_rows)):
+        for start in range(0, len(rows), 5):
+            page = v.page(split, start)
+            assert page["total"] == len(rows) and [r["number"] for r in page["rows"]] == [i + 1 for i in range(start, min(start + 5, len(rows)))]
+            for shown, row in zip(page["rows"], rows[start:start + 5]):
+                e = plan.encode(row.value)
+                if any(isinstance(t, int) for t in shown["tokens"]): continue
+                assert [t[1] for t in shown["tokens"]] == e["input_ids"] + e["cut_ids"] and shown["where"] == row.where
+                fates = [page["styles"][t[2]][2] for t in shown["tokens"]]
+                assert fates == ["not trained" if l == -100 else "trained" for l in e["labels"]] + ["cut off"] * len(e["cut_ids"])
+                ids = data.encoder.prompt(row.value)
+                assert shown["prompt"]["length"] == len(ids) and shown["prompt"]["tokens"] is None and (e["input_ids"] + e["cut_ids"])[:len(ids)] == ids
+    v.close()
+
+def test_every_template_shows_what_its_plan_would_train(plan, tiny):
+    from sftkit import Session
+    from sftkit.chat import templates
+    v, row = preview_of(plan, 1), plan._work.data.train_rows[0]
+    assert set(v.about["templates"]) | {v.about["own"]} == set(templates())
+    for name in v.about["templates"]:
+        page, e = v.page("training", 0, name), Session(tiny, project="q").data([row.value]).template(name).options(max_seq_length=400).encode(row.value)
+        shown = page["rows"][0]
+        assert [t[1] for t in shown["tokens"]] == e["input_ids"] and [page["styles"][t[2]][2] == "trained" for t in shown["tokens"]][:40] == [l != -100 for l in e["labels"]][:40], name
+    v.close()
+
+def test_a_template_that_refuses_a_row_says_why_beside_the_others(plan):
+    v = preview_of(plan, 20)
+    at = next(i for i, r in enumerate(plan._work.data.train_rows) if len(r.value["messages"]) == 4)
+    page = v.page("training", at, "llama")
+    assert "roles must alternate" in page["rows"][0]["error"] and "tokens" in page["rows"][1]; v.close()
+
+def test_preview_filters_count_what_they_show(plan):
+    v, data = preview_of(plan, 20), plan._work.data
+    cut = [i + 1 for i, r in enumerate(data.train_rows) if data.encoder(r.value)["cut_ids"]]
+    lost = [i + 1 for i, r in enumerate(data.train_rows) if all(l == -100 for l in data.encoder(r.value)["labels"])]
+    split = v.about["splits"][0]
+    assert split["filters"] == [["cut", len(cut)], ["lost answer", len(lost)]] and len(cut) > 5 and lost
+    assert [r["number"] for r in v.page("training", 0, which="cut")["rows"]] == cut[:20] and v.page("training", 0, which="lost answer")["total"] == len(lost)
+    assert v.page("training", 0, which="cut", row=cut[3])["start"] == 3; v.close()
+
+def test_preview_messages_are_checked_and_bounded(plan, told):
+    v = preview_of(plan, 20)
+    ask = lambda **kw: v._asked(v, {"type": "rows", "split": "training", "which": "all", "template": "", "start": 0, **kw}, [])
+    ask(); ask(start=40); ask(template="llama", start=5); ask(start=10**9); ask(row=7)
+    assert len(told) == 5 and told[3]["rows"][0]["number"] == 54 and told[4]["rows"][0]["number"] == 7
+    assert all(len(json.dumps(m, ensure_ascii=False).encode()) < 300_000 for m in told) and "\u202e" not in json.dumps(told, ensure_ascii=False)
+    for wrong in (dict(split="x"), dict(split=[]), dict(which="rm"), dict(template="../x"), dict(start="1"), dict(start=True), dict(row=1.5), dict(type="other")): ask(**wrong)
+    v._asked(v, "junk", []); assert len(told) == 5
+    assert len(json.dumps(v.get_state(), ensure_ascii=False, default=str).encode()) < 400_000; v.close()
+
+def test_preview_of_given_rows_and_of_plain_text(plan, tiny, text_file):
+    from sftkit import Session
+    v = preview_of(plan, rows=[{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}])
+    assert [(s["name"], s["rows"]) for s in v.about["splits"]] == [("given", 1)] and v.first[0]["rows"][0]["prompt"]["length"] > 3; v.close()
+    v = preview_of(Session(tiny, project="t").data(text_file)); assert v.about["templates"] == [] and "tokens" in v.first[0]["rows"][0]; v.close()
+
+@pytest.mark.parametrize("renderer", ["widget", "html", "plain"])
+def test_shown_has_every_form(plan, nowhere, renderer):
+    shown = plan.preview(2)
+    nowhere.setattr(widgets, "_shell", lambda: None if renderer == "plain" else Shell); nowhere.setenv("SFTKIT_RENDERER", renderer)
+    bundle = shown._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert shown.html in data["text/html"] and data["text/plain"] == shown.text == repr(shown) and shown._repr_html_() == shown.html and "<script>" not in shown.html
+    assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget")
+    if renderer != "widget":
+        with pytest.raises(NotImplementedError): shown._ipython_display_()
+
+def test_a_panel_shows_its_place_and_its_static_form(nowhere):
+    outputs = []
+    class Handle:
+        def update(self, data, raw): outputs.append(data)
+    import IPython.display
+    nowhere.setattr(IPython.display, "display", lambda data, **kw: outputs.append(data) or Handle())
+    v = PreviewView({"training": []}, type("E", (), {"max_seq_length": 9, "tokenizer": None})(), {"text/html": "<i>x</i>", "text/plain": "x"})
+    v.show(); v.refresh()
+    assert outputs == [{"text/html": f'<div class="sft-panel" data-run="{v.run_id}"></div>', "text/plain": ""}] + [{"text/html": f'<div class="sft-static" data-run="{v.run_id}"><i>x</i></div>', "text/plain": "x"}] * 2
+    nowhere.setenv("VSCODE_PID", "7"); v.show()
+    assert "application/vnd.jupyter.widget-view+json" in outputs[3] and outputs[3]["text/html"] == ""; v.close()
+    assert v.comm is None
+
+
+# --- the conversation
+
+from sftkit.widgets import Chat, ChatView # noqa: E402
+
+def echo(side, prompt, max_new_tokens, temperature):
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    for i, word in enumerate(text.split(" ")[:max_new_tokens]): yield (" " if i else "") + (word.upper() if side == "tuned" else word)
+
+class Slow:
+    "Answers that go on until they are stopped."
+    def __init__(self): self.closed, self.started = [], threading.Event()
+    def __call__(self, side, prompt, max_new_tokens, temperature):
+        try:
+            while True: self.started.set(); time.sleep(0.002); yield "la "
+        finally: self.closed.append(side)
+
+def wait_for(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true(): assert time.monotonic() < end; time.sleep(0.005)
+
+def test_each_model_goes_on_from_its_own_answers():
+    c = Chat(echo, system="Be brief.")
+    c.ask("one two"); c.ask("three", sides=("tuned",))
+    assert c.turns == [dict(user="one two", base="one two", tuned="ONE TWO", note=""), dict(user="three", base=None, tuned="THREE", note="")]
+    assert c.messages("tuned", "x") == [{"role": "system", "content": "Be brief."}, *({"role": r, "content": t} for r, t in (("user", "one two"), ("assistant", "ONE TWO"), ("user", "three"), ("assistant", "THREE"), ("user", "x")))]
+    assert [m["content"] for m in c.messages("base", "x")] == ["Be brief.", "one two", "one two", "x"] # what the base was not asked is no part of its conversation
+    c.clear(); assert c.turns == [] and Chat(echo, turns_are_sent=False, system="s").messages("base", "x") == "x"
+
+def test_ask_prints_in_scripts(capsys):
+    Chat(echo).ask("good \u202eday")
+    assert capsys.readouterr().out == "tuned: GOOD ⟨U+202E⟩DAY\nbase: good ⟨U+202E⟩day\n"
+
+def test_a_chat_stops_and_says_so(told):
+    slow = Slow(); c = Chat(slow); v = ChatView(c)
+    thread = c.send("sing"); wait_for(lambda: len(c.turns[0]["tuned"] or "") > 30)
+    with pytest.raises(RunError, match="still being written"): c.ask("again")
+    with pytest.raises(RunError, match="stop"): c.clear()
+    v._asked(v, {"type": "stop"}, []); thread.join(5)
+    assert c.turns[0]["note"] == "stopped" and c.turns[0]["base"] is None and slow.closed == ["tuned"] and not c.busy
+    assert told[0]["whole"]["note"] == "…" and told[-1]["whole"] == c.turns[0] and told[-1]["busy"] is False and [m["seq"] for m in told] == list(range(1, len(told) + 1)); v.close()
+
+def test_pieces_add_up_to_the_answer(told):
+    c = Chat(echo); v = ChatView(c); v.interval = 0
+    c.ask("a <b> 🤗 \u202e c"); turn = None
+    for m in told:
+        if "whole" in m: turn = m["whole"]
+        for side, more in m.get("grown", {}).items(): turn[side] += more
+    assert turn == {**c.turns[0], "user": "a <b> 🤗 ⟨U+202E⟩ c", "base": "a <b> 🤗 ⟨U+202E⟩ c", "tuned": "A <B> 🤗 ⟨U+202E⟩ C"} and any("grown" in m for m in told); v.close()
+
+def test_an_answer_that_fails_is_said_and_the_chat_goes_on(told):
+    def broken(side, prompt, **kw):
+        yield "so "
+        raise MemoryError("CUDA out of memory")
+    c = Chat(broken); v = ChatView(c); c.send("x").join(5)
+    assert c.turns[0] == dict(user="x", base=None, tuned="so ", note="MemoryError: CUDA out of memory") and not c.busy and told[-1]["whole"]["note"].startswith("MemoryError")
+    with pytest.raises(MemoryError): c.ask("y")
+    assert not c.busy and len(c.turns) == 2; v.close()
+
+def test_interrupting_ask_keeps_what_is_there():
+    def interrupted(side, prompt, **kw):
+        yield "half"
+        raise KeyboardInterrupt
+    c = Chat(interrupted)
+    with pytest.raises(KeyboardInterrupt): c.ask("x")
+    assert c.turns[0]["tuned"] == "half" and c.turns[0]["note"] == "stopped" and not c.busy
+
+def test_messages_from_the_page_are_checked(told):
+    c = Chat(echo); v = ChatView(c)
+    for m in (dict(text=""), dict(text=7), dict(text="x", temperature=-1), dict(text="x", temperature="hot"), dict(text="x", max_new_tokens=0), dict(text="x", max_new_tokens=True), dict(text="x", system=3)): v._asked(v, {"type": "ask", **m}, [])
+    assert c.turns == [] and all("refused" in m for m in told) and len(told) == 7
+    for m in ("junk", {}, {"type": "rm"}): v._asked(v, m, [])
+    v._asked(v, {"type": "ask", "text": "x", "sides": ["tuned", "../x", []]}, []); wait_for(lambda: not c.busy)
+    assert c.turns[0]["base"] is None and c.turns[0]["tuned"] == "X" and len(told) > 7
+    v._asked(v, {"type": "clear"}, []); assert c.turns == [] and told[-1]["cleared"] is True; v.close()
+
+def test_a_page_gets_the_conversation_bounded():
+    c = Chat(echo); c.turns += [dict(user=HOSTILE * 1000, base="b" * 50_000, tuned="t" * 50_000, note="")] * 80
+    v = ChatView(c); h = v.get_state("history")["history"]
+    assert len(h["turns"]) == 50 and h["first"] == 30 and "\u202e" not in json.dumps(h, ensure_ascii=False) and v.history == {}
+    assert len(json.dumps(h)) < 700_000 and len(json.dumps(v.static())) < 500_000; v.close()
+
+@pytest.mark.parametrize("renderer", ["widget", "html", "plain"])
+def test_a_chat_has_every_form(nowhere, renderer):
+    c = Chat(echo, title="Chat with <x>")
+    nowhere.setattr(widgets, "_shell", lambda: None if renderer == "plain" else Shell); nowhere.setenv("SFTKIT_RENDERER", renderer)
+    assert "chat.ask(" in repr(c) and "chat.ask(" in c._repr_html_() and "<x>" not in c._repr_html_()
+    c.ask(HOSTILE); bundle = c._repr_mimebundle_(); data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "<script" not in data["text/html"] and "&lt;script" in data["text/html"] and "<script>" in data["text/plain"] and "chat.ask(" not in repr(c)
+    assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget")
+    if renderer != "widget":
+        with pytest.raises(NotImplementedError): c._ipython_display_()
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_chatting_with_a_run(tiny, adapter):
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}"}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(32)]
+    plan = Session(tiny, project="chatted").data(rows)
+    run = (plan.lora(r=4) if adapter else plan).fit(epochs=2, lr=2e-2)
+    c = run.chat(max_new_tokens=12)
+    c.ask("turn on light 3"); c.send("and light 4").join(60)
+    asked = [{"role": "user", "content": "turn on light 3"}, None, {"role": "user", "content": "and light 4"}]
+    for side in ("base", "tuned"):
+        history = [{"role": "assistant", "content": c.turns[0][side]} if m is None else m for m in asked]
+        if c.turns[0][side].strip(): assert c.turns[1][side] == run.versus_base([history], 12)[0][side], side
+    first = run.versus_base(["turn on light 3"], 12)[0]
+    assert (c.turns[0]["base"], c.turns[0]["tuned"]) == (first["base"], first["tuned"]) and first["base"] != first["tuned"]
+    assert c.turns[1]["note"] == "" and "Chat with chatted" in repr(c)
+
+def test_a_cell_that_uses_the_model_waits_for_the_chat(tiny):
+    "While the base answers, the adapter is off; run.generate must not get the base's answer."
+    from sftkit import Session
+    rows = [{"messages": [{"role": "user", "content": f"turn on light {i}"}, {"role": "assistant", "content": f"light {i} on"}]} for i in range(32)]
+    run = Session(tiny, project="shared").data(rows).lora(r=4).fit(epochs=2, lr=2e-2)
+    before, c = run.generate("turn on light 5", 12), run.chat(max_new_tokens=400, temperature=1.0)
+    for _ in range(3):
+        thread = c.send("turn on light 5", sides=("base",)); wait_for(lambda: c.turns[-1]["base"] is not None)
+        assert run.generate("turn on light 5", 12) == before
+        c.stop(); thread.join(60)
+
+def test_a_chat_without_chat_template_continues_text(tiny, text_file):
+    from sftkit import Session
+    run = Session(tiny, project="plain").data(text_file).lora(r=4).fit(epochs=1)
+    c = run.chat(base=False, max_new_tokens=6); c.ask("Question: what")
+    assert not c.turns_are_sent and c.sides == ("tuned",) and c.turns[0]["tuned"] == run.generate("Question: what", 6)
+
+
+# --- the comparison
+
+from sftkit.widgets import CompareView # noqa: E402
+from sftkit.events import RunDirectory # noqa: E402
+
+def view_of(tmp_path, **runs):
+    for name, events in runs.items(): write(tmp_path/name, events)
+    return CompareView({name: RunDirectory(tmp_path/name) for name in runs}, {"lr": list(range(len(runs)))})
+
+def test_finished_runs_are_not_followed(tmp_path, told):
+    v = view_of(tmp_path, a=made_up_run(50), b=made_up_run(20, state="failed"))
+    h = v.get_state("history")["history"]
+    assert v.follow() is None and told == [] and h["live"] == [False, False] and [len(c["loss"]) for c in h["curves"].values()] == [50, 20] and v.history == {}
+    assert h["curves"][0]["loss"][-1][:3] == [50, 50 * 190, round(50 * 0.31, 3)] and v.about["differences"][1] == ["lr", "0", "1"]
+    assert "CUDA" not in json.dumps(h) and "✕ failed" in v.static()["text/plain"]; v.close()
+
+def test_a_running_run_is_followed_to_its_end(tmp_path, told):
+    events = made_up_run(60)
+    v = view_of(tmp_path, a=made_up_run(50), b=events[:40]); v.interval = 0.01
+    thread = v.follow(); write(tmp_path/"b", events[40:], pause=0.002); thread.join(10)
+    assert not thread.is_alive() and told and all(set(m["curves"]) == {"1"} for m in told) and len(told[-1]["curves"]["1"]["loss"]) == 60 and told[-1]["live"] == [False, False]
+    assert [m["seq"] for m in told] == list(range(1, len(told) + 1)) and "sftkit-view-compare" not in [t.name for t in threading.enumerate()]; v.close()
+
+def test_a_run_that_died_is_not_followed(tmp_path):
+    events = made_up_run(10, state=""); events[0] |= {"pid": 2**22 + 12345, "host": __import__("socket").gethostname(), "started": 1.0}; events[2] |= {k: events[0][k] for k in ("pid", "host", "started")}
+    v = view_of(tmp_path, a=events, b=made_up_run(5)); assert v.follow() is None and "✕ died" in v.static()["text/plain"]; v.close()
+
+def test_closing_stops_following(tmp_path, told):
+    v = view_of(tmp_path, a=made_up_run(50, state=""), b=made_up_run(5)); v.interval = 0.01
+    thread = v.follow(); assert thread.is_alive(); v.close(); thread.join(5); assert not thread.is_alive()
+
+def test_many_long_runs_stay_small(tmp_path):
+    v = view_of(tmp_path, **{f"run{i}": made_up_run(3000, seed=i) for i in range(8)})
+    h = v.get_state("history")["history"]
+    assert all(len(c["loss"]) <= 1000 for c in h["curves"].values()) and len(json.dumps(h)) < 600_000 and len(v.static()["text/html"]) < 250_000; v.close()
+
+@pytest.mark.parametrize("renderer", ["widget", "html", "plain"])
+def test_compared_has_every_form(tmp_path, nowhere, renderer):
+    from sftkit import Recipe, Run, compare
+    for i, name in enumerate(("a<b>", "c")):
+        write(tmp_path/name, made_up_run(20, seed=i)); Recipe(model="m", data_path="d", project_name=name, lr=1e-4 * (i + 1), chat_template=None if i else "chatml").to_yaml(tmp_path/name/"recipe.yaml")
+    both = compare(Run.open(tmp_path/"a<b>"), Run.open(tmp_path/"c"))
+    nowhere.setattr(widgets, "_shell", lambda: None if renderer == "plain" else Shell); nowhere.setenv("SFTKIT_RENDERER", renderer)
+    bundle = both._repr_mimebundle_(); data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "a&lt;b&gt;" in data["text/html"] and "a<b>" not in data["text/html"] and "data:image/svg+xml" in data["text/html"] and "0.0002" in data["text/plain"] == repr(both) and both._repr_html_() in data["text/html"]
+    assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget") and set(both.differences.index) == {"lr", "chat_template"} and len(both.results) == 2 and len(both.plot().data) == 4
+    if renderer != "widget":
+        with pytest.raises(NotImplementedError): both._ipython_display_()
