@@ -40,7 +40,7 @@ def readme(path=ROOT / "nbs" / "index.ipynb"):
     book.cells = [_output_only(c) if re.search(r"^#\| *echo: *false\b", c.source, re.M) else c for c in book.cells]
     for cell in book.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(book)
-    text = re.sub(r"\]\((\d\d_|tutorials/)", r"](nbs/\1", text.replace("](../docs/", "](docs/"))
+    text = re.sub(r"\]\((\d\d_|tutorials/)", r"](nbs/\1", re.sub(r"\]\(\.\./(docs|bench)/", r"](\1/", text))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
