@@ -21,8 +21,11 @@ def sftkit(cwd, *args, wait=True, **env):
     env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     started = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", *COMMON, *map(str, args)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait: return started
-    out = started.communicate(timeout=240)[0]
+    out = started.communicate(timeout=600)[0]
     return started.returncode, out
+
+
+pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_acceptance_30_accelerate_launch_trains_as_one_process(folder):
     "What `accelerate launch` does on two GPUs, here with gloo on a CPU."
     env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run([*launcher, "-m", "sftkit", "llm", *COMMON, "--project-name", "accelerated", "--batch-size", "2", "--gradient-accumulation", "2"], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, "-m", "sftkit", "llm", *COMMON, "--project-name", "accelerated", "--batch-size", "2", "--gradient-accumulation", "2"], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     same_as_one(folder, "accelerated")
 
@@ -58,7 +61,7 @@ def test_acceptance_30_two_machines_meet_and_train_as_one(folder):
     import socket
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     agents = [sftkit(folder, *args, wait=False, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="") for _ in range(2)]
-    outputs = [a.communicate(timeout=240)[0] for a in agents]
+    outputs = [a.communicate(timeout=600)[0] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], outputs
     same_as_one(folder, "machines")
 
@@ -75,7 +78,8 @@ DEEPSPEED = next((p for p in (Path(sys.prefix)/"deepspeed", Path(os.environ.get(
 @pytest.mark.skipif(DEEPSPEED is None, reason="deepspeed is not built in this environment (`make test` tries to)")
 @pytest.mark.parametrize("peft", [False, True], ids=["zero3", "lora-zero2"])
 def test_acceptance_30_deepspeed_trains_as_one_process(folder, peft):
-    env = dict(PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    extensions = str(folder/"extensions")            # what DeepSpeed compiles; in its usual place, a build that was killed leaves a lock that all later ones wait for
+    env = dict(TORCH_EXTENSIONS_DIR=extensions, PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     name, more = ("lora", ["--peft", "--lora-dropout", 0]) if peft else ("zero", [])
     code, out = sftkit(folder, "--project-name", name, "--distributed-backend", "deepspeed", "--gpus", 2, "--batch-size", 2, "--gradient-accumulation", 2, *more, **env)
     assert code == 0, out
@@ -107,5 +111,5 @@ def test_a_loss_in_chunks_is_right_in_a_sharded_model(tmp_path, tie):
     "FSDP gathers the head's weight around one call of its module, and the loss uses it chunk by chunk, and again in the backward pass."
     save_tiny(tmp_path/"m", tie=tie)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT/"tests"/"sharded.py"), str(tmp_path/"m")],
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and f"same as whole, {'tied' if tie else 'untied'}" in done.stdout, done.stdout + done.stderr
