@@ -68,7 +68,26 @@ def widget_pictures(run="runs/home-assistant"):
                     nb.page.locator(".sft-p").screenshot(path=DOCS / f"{name}.png" if not dark else Path(tempfile.gettempdir()) / f"sftkit-{name}-dark.png")
 
 
+def live_picture(steps=60):
+    "live.png: a run of the demo's kind in its worker process, in the middle of training, as JupyterLab shows it."
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from browser import lab, notebook, write_notebook
+    cell = """from sftkit import Session, sample_data, sample_model
+run = (Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=sample_data()/"test.jsonl").template("chatml").lora(r=16, dropout=0)
+       .options(epochs=1, batch_size=8, gradient_accumulation=1, lr=1e-3, eval_steps=20, save_steps=25, scheduler="cosine").start())"""
+    with tempfile.TemporaryDirectory() as folder, lab(folder, env={"OMP_NUM_THREADS": str(os.cpu_count())}) as server:
+        write_notebook(Path(folder) / "live.ipynb", [cell])
+        with notebook(server, "live.ipynb", width=1000, height=1400, scale=1.5) as nb:
+            nb.run_all()
+            nb.page.wait_for_function("n => +document.querySelector('.sft-live')?.dataset.step >= n", arg=steps, timeout=600_000)
+            nb.page.wait_for_timeout(500)
+            nb.page.locator(".sft-live").screenshot(path=DOCS / "live.png")
+            nb.page.locator("button[data-command=stop]").click()
+            nb.page.wait_for_selector("img[src^='data:image/svg+xml']", timeout=60_000)
+
+
 def main():
+    live_picture()
     widget_pictures()
     run, rows = Run.open("runs/home-assistant"), [json.loads(line) for line in open(sample_data() / "test.jsonl", encoding="utf-8")]
     plan = Session(sample_model(), project="home-assistant").data(sample_data() / "train.jsonl", eval=sample_data() / "test.jsonl").template("chatml").lora(r=16, dropout=0)

@@ -731,7 +731,8 @@ class Compared:
     @property
     def differences(self): # pandas.DataFrame: a row per recipe field that differs, a column per run
         import pandas as pd
-        flat = {str(r.path): r.recipe.to_dict(defaults=True) for r in self.runs}
+        own = lambda r, v: v.removeprefix(r.recipe.project_name).lstrip("/\\") if isinstance(v, str) and v.startswith(r.recipe.project_name) else v      # rows in memory are stored in each run, under their hash
+        flat = {str(r.path): {n: own(r, v) if n in ("data_path", "valid_path") else v for n, v in r.recipe.to_dict(defaults=True).items()} for r in self.runs}
         names = [n for n in recipe_fields() if n not in ("token", "project_name", "resume") and len({repr(f[n]) for f in flat.values()}) > 1]
         return pd.DataFrame({run: {n: f[n] for n in names} for run, f in flat.items()}, index=names, dtype=object)
 
@@ -748,10 +749,11 @@ class Compared:
     def plot(self): # plotly.graph_objects.Figure
         import plotly.graph_objects as go
         fig = go.Figure(layout=dict(template="plotly_white", xaxis_title="step", yaxis_title="loss (nats per trained token)"))
-        for run in self.runs:
-            h = run.history
-            fig.add_scatter(x=h.step, y=h.loss, mode="lines", name=str(run.path))
-            if "eval_loss" in h: fig.add_scatter(x=h.step[h.eval_loss.notna()], y=h.eval_loss.dropna(), mode="markers", name=f"{run.path} eval")
+        from sftkit.view import run_ink
+        for i, run in enumerate(self.runs):
+            h, color = run.history, run_ink(i)[0]
+            fig.add_scatter(x=h.step, y=h.loss, mode="lines", name=str(run.path), line_color=color)
+            if "eval_loss" in h: fig.add_scatter(x=h.step[h.eval_loss.notna()], y=h.eval_loss.dropna(), mode="markers", name=f"{run.path} eval", marker_color=color)
         return fig
 
     def _ipython_display_(self):

@@ -473,7 +473,8 @@ def compare_html(
     names = [n for n in ("prompt", "reference", "base", "tuned") if any(r.get(n) is not None for r in rows)]
     def one(row, name):
         tick = "<b>✓</b> " if name in ("base", "tuned") and _same(row.get(name), row.get("reference")) else ""
-        return _tag("td", tick + html_escape(row.get(name) if row.get(name) is not None else "–", 1500), style=cell)
+        words = _tag("div", tick + html_escape(row.get(name) if row.get(name) is not None else "–", 1500), style="max-height:14em;overflow:auto")      # an answer may be nothing but line breaks
+        return _tag("td", words, style=cell)
     head = "".join(_tag("th", name, style=f"{cell};border-top:0;font-weight:600;opacity:.75") for name in names)
     body = "".join(_tag("tr", "".join(one(r, n) for n in names), style="background:transparent") for r in rows[:max_rows])
     table = _tag("thead", _tag("tr", head, style="background:transparent")) + _tag("tbody", body)

@@ -31,7 +31,7 @@ def choose_renderer(
     name = override or os.environ.get("SFTKIT_RENDERER")
     if name and name not in _RENDERERS:
         raise RunError(f"`{name}` is not a renderer. Renderers: {', '.join(_RENDERERS)}.{did_you_mean(name, _RENDERERS)} Leave it out to have it chosen.")
-    console = "terminal" if sys.stdout is not None and sys.stdout.isatty() else "plain"
+    console = "terminal" if sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("JPY_PARENT_PID") else "plain"      # `!sftkit ...` in a cell has a terminal too, whose bars pile up
     if _shell() is None: return name if name in ("terminal", "plain") else console
     if name: return name
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"

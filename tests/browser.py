@@ -1,4 +1,4 @@
-"""Drives JupyterLab in headless Chromium, as a person would: open a notebook, run it, look, click, save, reopen.
+"""Drives JupyterLab or Notebook 7 in headless Chromium, as a person would: open a notebook, run it, look, click, save, reopen.
 
     with lab(folder) as server:                      # JupyterLab on 127.0.0.1, its settings in a temporary folder
         write_notebook(folder/"x.ipynb", ["1 + 1"])
@@ -24,7 +24,7 @@ def chromium():
 
 def missing():
     "What the browser tests need and is not installed, in one line; empty if all is there."
-    wanted = [name for name in ("jupyterlab", "playwright", "anywidget") if importlib.util.find_spec(name) is None]
+    wanted = [name for name in ("jupyterlab", "notebook", "playwright", "anywidget") if importlib.util.find_spec(name) is None]
     if not chromium(): wanted.append("chromium")
     return f"not installed: {', '.join(wanted)}" if wanted else ""
 
@@ -92,7 +92,7 @@ def lab(root_dir, env=None):
         for name in ("SFTKIT_RENDERER", "VSCODE_PID", "JPY_SESSION_NAME"):
             if name not in (env or {}): kernel_env.pop(name, None)
         command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-                   f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+                   f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
         quiet = Path(aside)/"settings"/"@jupyterlab"/"apputils-extension"
         quiet.mkdir(parents=True)
         (quiet/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -119,11 +119,11 @@ def _end(process):
 
 
 @contextlib.contextmanager
-def notebook(server, name, width=1200, height=1000, dark=False, scale=1):
-    "A page with notebook `name` (relative to the server's folder) open and its kernel ready."
+def notebook(server, name, width=1200, height=1000, dark=False, app="lab", scale=1):
+    "A page with notebook `name` (relative to the server's folder) open and its kernel ready. `app`: lab (JupyterLab 4) or notebook (Notebook 7)."
     context = server.browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme="dark" if dark else "light")
     page = context.new_page()
-    nb = NotebookPage(server, name, page)
+    nb = NotebookPage(server, name, page, app)
     try:
         nb.open(dark)
         yield nb
@@ -133,15 +133,16 @@ def notebook(server, name, width=1200, height=1000, dark=False, scale=1):
 
 class NotebookPage:
     "One open notebook. `page` is the Playwright page; the methods wait for what they name."
-    def __init__(self, server, name, page):
-        self.server, self.name, self.page, self.errors = server, name, page, []
+    def __init__(self, server, name, page, app="lab"):
+        self.server, self.name, self.page, self.app, self.errors = server, name, page, app, []
         page.on("pageerror", lambda e: self.errors.append(str(e)))
 
     def open(self, dark=False, kernel=True):
-        self.page.goto(f"{self.server.url}/lab/workspaces/w{time.time_ns()}/tree/{self.name}?token={self.server.token}&reset")
+        where = f"lab/workspaces/w{time.time_ns()}/tree/{self.name}?reset&" if self.app == "lab" else f"notebooks/{self.name}?"
+        self.page.goto(f"{self.server.url}/{where}token={self.server.token}")
         self._ready(kernel)
         if dark: self.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-        self.page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) window.jupyterapp.commands.execute('application:toggle-left-area'); }")
+        if self.app == "lab": self.page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) window.jupyterapp.commands.execute('application:toggle-left-area'); }")
 
     def reload(self, kernel=True):
         self.page.reload()

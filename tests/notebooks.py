@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def notebooks(): return sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
-def execute(path, folder=None, timeout=900):
+def execute(path, folder=None, timeout=1800):
     "Run a notebook from top to bottom in an empty folder; returns it with its outputs. A cell that fails raises."
     from nbclient import NotebookClient
     book = nbformat.read(path, as_version=4)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(os.cpu_count())}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}      # threads that wait must not keep others from working
     with tempfile.TemporaryDirectory() as own:
         NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute(env=env)
     return book
@@ -40,7 +40,7 @@ def readme(path=ROOT / "nbs" / "index.ipynb"):
     book.cells = [_output_only(c) if re.search(r"^#\| *echo: *false\b", c.source, re.M) else c for c in book.cells]
     for cell in book.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(book)
-    text = re.sub(r"\]\((\d\d_|tutorials/)", r"](nbs/\1", text.replace("](../docs/", "](docs/"))
+    text = re.sub(r"\]\((\d\d_|tutorials/)", r"](nbs/\1", re.sub(r"\]\(\.\./(docs|bench)/", r"](\1/", text))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -196,6 +196,10 @@ def test_reprs_work_everywhere(tiny, chat_file):
     other = plan.fit(project_name="q", lr=2e-2)
     both = compare(run, other)
     assert list(both.differences.index) == ["lr"] and "q" in repr(both) and "q" in both._repr_html_() and len(both.plot().data) == 4
+    lines, dots = both.plot().data[::2], both.plot().data[1::2]
+    assert [l.line.color for l in lines] == [d.marker.color for d in dots] and lines[0].line.color != lines[1].line.color
+    mapped = [Session(tiny, project=name, **FAST).data(CHAT[:8]).options(max_steps=1, lr=lr).fit() for name, lr in (("a", 1e-2), ("b", 2e-2))]
+    assert list(compare(*mapped).differences.index) == ["lr"]                        # each has its own copy of the same rows
 
 
 def test_report_is_self_contained_and_escapes_the_data(tiny):

@@ -53,7 +53,10 @@ def test_choice_in_a_script(nowhere):
     class Tty(io.StringIO):
         def isatty(self): return True
     nowhere.setattr(sys, "stdout", Tty())
+    nowhere.delenv("JPY_PARENT_PID", raising=False)
     assert choose_renderer() == "terminal"
+    nowhere.setenv("JPY_PARENT_PID", "1")                                           # started from a notebook's cell with `!`
+    assert choose_renderer() == "plain"
 
 def test_unknown_renderer_names_the_nearest():
     with pytest.raises(RunError, match="`wigdet` is not a renderer.*Did you mean `widget`"): choose_renderer("wigdet")

@@ -1,0 +1,128 @@
+"""Real runs in a real front end, JupyterLab 4 and Notebook 7: the view moves, each button does its work while training runs, and a run survives its page, its kernel and its notebook."""
+import json, os, signal, time
+import pytest
+import browser
+from browser import lab, notebook, untrusted_copy, write_notebook
+from conftest import CHAT
+from sftkit.events import RunDirectory
+from tiny import save_tiny, write_jsonl
+
+if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+pytestmark = pytest.mark.xdist_group("browser")
+
+PICTURE = "img[src^='data:image/svg+xml']"                                          # the static form that a live view leaves
+PLAN = """from sftkit import Session
+plan = Session("m", project={name!r}).data("rows.jsonl", eval=8).options(max_steps={steps}, batch_size=4, gradient_accumulation=1, lr=1e-4, eval_steps=10**6, save_steps=10**6)"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder/"m", extra=("<|im_start|>", "<|im_end|>"), hidden=64, layers=4)
+    write_jsonl(folder/"rows.jsonl", CHAT)
+    with lab(folder) as server: yield server
+
+@pytest.fixture(autouse=True)
+def nothing_left(server):
+    yield
+    server.end_sessions()
+    for path in server.root.glob("*/recipe.yaml"):
+        run = RunDirectory(path.parent)
+        if run.is_running() and run.status()["pid"] != os.getpid(): os.kill(run.status()["pid"], signal.SIGKILL)
+
+
+def step(nb): return int(nb.page.locator(".sft-live").last.get_attribute("data-step") or 0)
+def reach(nb, n, seconds=90): nb.page.wait_for_function("n => +[...document.querySelectorAll('.sft-live')].at(-1)?.dataset.step >= n", arg=n, timeout=seconds * 1000)
+def badge(nb, text, seconds=30): nb.page.wait_for_function("t => [...document.querySelectorAll('.sft-badge')].at(-1)?.textContent.includes(t)", arg=text, timeout=seconds * 1000)
+def click(nb, command): nb.page.locator(f".sft-live button[data-command={command}]:not([disabled])").last.click(timeout=15_000)
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true(): assert time.monotonic() < end; time.sleep(0.1)
+
+def use_every_button(nb, run):
+    "Pause, resume, checkpoint, evaluate: each is seen in the page and in the run directory."
+    reach(nb, 30)
+    click(nb, "pause"); badge(nb, "paused")
+    until(lambda: run.status()["state"] == "paused")
+    at = max(e["step"] for e in run.events() if e["kind"] == "step")
+    nb.page.wait_for_timeout(600)
+    assert max(e["step"] for e in run.events() if e["kind"] == "step") == at
+    click(nb, "resume"); badge(nb, "training"); reach(nb, at + 10)
+    assert not run.checkpoints()
+    click(nb, "checkpoint"); until(run.checkpoints)
+    evaluations = sum(e["kind"] == "eval" for e in run.events())
+    click(nb, "evaluate"); until(lambda: sum(e["kind"] == "eval" for e in run.events()) > evaluations)
+    assert len(run.checkpoints()) == 1 and run.status()["state"] == "training"
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_a_started_run_obeys_its_buttons_and_survives_page_and_kernel(server, app):
+    name = f"started-{app}"
+    write_notebook(server.root/f"{name}.ipynb", [PLAN.format(name=name, steps=100_000) + "\nrun = plan.start()", "print('free:', run.state)", f"from sftkit import Run\nagain = Run.open({name!r}).watch()"])
+    run = RunDirectory(server.root/name)
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
+        nb.run_cell(0); nb.run_cell(1); nb.output(1).get_by_text("free: ").wait_for(timeout=60_000)
+        assert nb.text(1).split()[-1] in ("starting", "training")                                             # the kernel answers while the worker trains
+        use_every_button(nb, run)
+        nb.save(); nb.reload(); reach(nb, step(nb) + 10)                          # the page goes away and comes back
+        assert int(nb.page.locator(".sft-live").get_attribute("data-points")) > 40
+        worker = run.status()["pid"]
+        server.end_sessions()                                                      # the kernel is killed; the worker is not
+        at = max(e["step"] for e in run.events() if e["kind"] == "step")
+        until(lambda: max(e["step"] for e in run.events() if e["kind"] == "step") > at + 5)
+        assert run.status()["pid"] == worker
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:                         # a new page, a new kernel
+        nb.run_cell(2); reach(nb, at + 10)
+        click(nb, "stop")
+        nb.output(2).locator(PICTURE).first.wait_for()
+        nb.save()
+        assert app == "notebook" or nb.errors == []                              # Notebook 7 has errors of its own
+    until(lambda: run.status()["state"] == "stopped")
+    assert run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")
+    server.end_sessions()
+    untrusted_copy(server.root/f"{name}.ipynb", server.root/f"{name}-copy.ipynb")
+    for book in (f"{name}.ipynb", f"{name}-copy.ipynb"):
+        with notebook(server, book, app=app, height=2400) as nb:                                # without the kernel that made it, trusted and not
+            nb.output(2).locator(PICTURE).first.wait_for()
+            assert "stopped" in nb.text(2) and "Error displaying widget" not in nb.text(2)
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_a_fit_obeys_its_buttons_while_its_cell_is_busy(server, app):
+    name = f"fit-{app}"
+    write_notebook(server.root/f"{name}.ipynb", [PLAN.format(name=name, steps=100_000) + "\nrun = plan.fit()", "print(run.state, len(run.history))"])
+    run = RunDirectory(server.root/name)
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
+        nb.run_all(wait=False)
+        use_every_button(nb, run)
+        click(nb, "stop")
+        nb.page.locator(PICTURE).first.wait_for(timeout=30_000)
+        nb.output(1).get_by_text("stopped").wait_for(timeout=30_000); nb.wait_idle()
+        assert nb.text(1).startswith("stopped ") and nb.page.locator(".sft-live").count() == 0
+        saved = nb.save()
+    assert len(json.dumps(saved)) < 120_000 and "widget-view" not in json.dumps(saved["cells"][0]["outputs"])
+    assert run.checkpoints()[-1][0] == int("".join(saved["cells"][1]["outputs"][0]["text"]).split()[1])
+
+
+def test_the_interrupt_button_stops_a_fit_with_a_checkpoint(server):
+    write_notebook(server.root/"interrupt.ipynb", [PLAN.format(name="interrupted", steps=100_000) + "\nrun = plan.fit()\nprint('then:', run.state)"])
+    run = RunDirectory(server.root/"interrupted")
+    with notebook(server, "interrupt.ipynb") as nb:
+        nb.run_cell(0, wait=False); reach(nb, 20)
+        nb.interrupt()
+        nb.page.locator(PICTURE).first.wait_for(timeout=30_000); nb.output(0).get_by_text("then: ").wait_for(timeout=30_000)
+        assert "then: interrupted" in nb.text(0) and "Traceback" not in nb.text(0)
+    assert run.status()["state"] == "interrupted" and run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")
+
+
+def test_the_sample_model_trains_in_a_worker_with_its_curve_moving(server):
+    write_notebook(server.root/"sample.ipynb", ["""from sftkit import Session, sample_data, sample_model
+plan = Session(sample_model(), project="sample").data(sample_data()/"train.jsonl").lora(r=4, dropout=0).options(max_steps=60, batch_size=2, gradient_accumulation=1, lr=1e-3, save_steps=1000)
+run = plan.start()"""])
+    with notebook(server, "sample.ipynb") as nb:
+        nb.run_cell(0); reach(nb, 3, seconds=240)
+        at = step(nb); reach(nb, at + 3, seconds=120)
+        assert nb.page.evaluate("() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }") > 50
+        click(nb, "stop")
+        nb.page.locator(PICTURE).first.wait_for(timeout=60_000)
