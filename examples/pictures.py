@@ -12,6 +12,7 @@ from sftkit import Run, Session, sample_data, sample_model
 from sftkit.view import curve_svg, series, Progress
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+sys.path.insert(0, str(DOCS.parent / "tests")) # browser.py and tiny.py
 
 
 def screenshot(html, path, width, height):
@@ -25,24 +26,25 @@ def screenshot(html, path, width, height):
 
 
 def compared():
-    "Three short runs that differ in one thing, trained if they are not there: folders."
-    plan = Session(sample_model(), project="x").data(sample_data() / "train.jsonl", eval=16).template("chatml").lora(dropout=0)
-    plan = plan.options(batch_size=4, gradient_accumulation=1, max_seq_length=64, max_steps=40, eval_steps=10, gradient_checkpointing=False)
-    for name, lr in (("runs/lr-1e-4", 1e-4), ("runs/lr-5e-4", 5e-4), ("runs/lr-2e-3", 2e-3)):
-        if not (Path(name) / "adapter_config.json").exists(): plan.options(project_name=name, lr=lr).fit()
+    "Three short runs of a tiny random model that differ in one thing, trained if they are not there: folders."
+    from tiny import save_tiny
+    tiny = save_tiny("runs/tiny", extra=("<|im_start|>", "<|im_end|>"), hidden=64)
+    plan = Session(tiny, project="x").data(sample_data() / "train.jsonl", eval=40).template("chatml")
+    plan = plan.options(batch_size=8, gradient_accumulation=1, max_seq_length=128, epochs=2, eval_steps=25)
+    for name, lr in (("runs/lr-3e-4", 3e-4), ("runs/lr-1e-3", 1e-3), ("runs/lr-3e-3", 3e-3)):
+        if not Path(name).exists(): plan.options(project_name=name, lr=lr).fit()
         yield name
 
 
 def widget_pictures(run="runs/home-assistant"):
     "The panels, as JupyterLab shows them: preview_widget.png, chat.png, compare.png."
-    sys.path.insert(0, str(DOCS.parent / "tests"))
     from browser import lab, notebook, write_notebook
     here, runs = Path.cwd(), list(compared())
     load = f"import os; os.chdir({str(here)!r}); from sftkit import Run, Session, compare, sample_data, sample_model; "
     cells = dict(preview_widget='Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=sample_data()/"test.jsonl").template("chatml").options(max_seq_length=48).preview(2)',
                  chat=f'Run.open({run!r}).chat(max_new_tokens=48)', compare=f"compare(*map(Run.open, {runs!r}))")
     def asked(page): # two questions in wordings that are not in the data
-        for text in ("it's too dark in the hall, do something", "and twenty percent less in the kitchen"):
+        for text in ("somebody left the light on in the hall, switch it off please", "now dim the kitchen lights to 20%"):
             page.locator(".sft-p textarea").fill(text)
             page.locator(".sft-p textarea").press("Enter")
             page.wait_for_timeout(300)
@@ -51,15 +53,17 @@ def widget_pictures(run="runs/home-assistant"):
     def beside(page):
         page.locator("button[data-template=llama]").click()
         page.wait_for_function("() => document.querySelector('.sft-p').dataset.columns === '2'")
-        page.locator(".v-t", has_text="assistant").first.hover() if page.locator(".v-t", has_text="assistant").count() else None
+        page.locator(".v-t.special").nth(2).hover()
     with tempfile.TemporaryDirectory() as folder, lab(folder) as server:
-        for name, act in (("preview_widget", beside), ("chat", asked), ("compare", lambda page: None)):
-            write_notebook(Path(folder) / f"{name}.ipynb", [load + cells[name]])
-            for dark in (False, True):
+        for dark in (False, True): # the theme is a setting of the server: first all in the light
+            for name, act in dict(preview_widget=beside, chat=asked, compare=lambda page: None).items():
+                if not dark: write_notebook(Path(folder) / f"{name}.ipynb", [load + cells[name]])
                 with notebook(server, f"{name}.ipynb", width=1000, height=1100, dark=dark, scale=1.5) as nb:
-                    if not dark: nb.run_all(seconds=300)
+                    if not dark:
+                        nb.run_all(seconds=300)
+                        nb.save() # opened again in the dark, while its kernel lives
                     nb.page.wait_for_selector(".sft-p :is(.v-one, textarea, .m-chart path)", timeout=120_000)
-                    if not dark or name == "preview_widget": act(nb.page)
+                    if not dark or act is beside: act(nb.page)
                     nb.page.wait_for_timeout(800)
                     nb.page.locator(".sft-p").screenshot(path=DOCS / f"{name}.png" if not dark else Path(tempfile.gettempdir()) / f"sftkit-{name}-dark.png")
 
