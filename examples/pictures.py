@@ -68,13 +68,13 @@ def widget_pictures(run="runs/home-assistant"):
                     nb.page.locator(".sft-p").screenshot(path=DOCS / f"{name}.png" if not dark else Path(tempfile.gettempdir()) / f"sftkit-{name}-dark.png")
 
 
-def live_picture(steps=60):
+def live_picture(steps=26):
     "live.png: a run of the demo's kind in its worker process, in the middle of training, as JupyterLab shows it."
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from browser import lab, notebook, write_notebook
     cell = """from sftkit import Session, sample_data, sample_model
-run = (Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=sample_data()/"test.jsonl").template("chatml").lora(r=16, dropout=0)
-       .options(epochs=1, batch_size=8, gradient_accumulation=1, lr=1e-3, eval_steps=20, save_steps=25, scheduler="cosine").start())"""
+run = (Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=16).template("chatml").lora(r=16, dropout=0)
+       .options(epochs=1, batch_size=4, gradient_accumulation=1, lr=1e-3, eval_steps=12, save_steps=16, eval_batch_size=16).start())"""
     with tempfile.TemporaryDirectory() as folder, lab(folder, env={"OMP_NUM_THREADS": str(os.cpu_count())}) as server:
         write_notebook(Path(folder) / "live.ipynb", [cell])
         with notebook(server, "live.ipynb", width=1000, height=1400, scale=1.5) as nb:
