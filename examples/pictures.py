@@ -68,19 +68,25 @@ def widget_pictures(run="runs/home-assistant"):
                     nb.page.locator(".sft-p").screenshot(path=DOCS / f"{name}.png" if not dark else Path(tempfile.gettempdir()) / f"sftkit-{name}-dark.png")
 
 
-def live_picture(steps=26):
-    "live.png: a run of the demo's kind in its worker process, in the middle of training, as JupyterLab shows it."
+def live_picture(steps=230):
+    "live.png: a tiny random model in its worker process, in the middle of training, as JupyterLab shows it."
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from browser import lab, notebook, write_notebook
-    cell = """from sftkit import Session, sample_data, sample_model
-run = (Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=16).template("chatml").lora(r=16, dropout=0)
-       .options(epochs=1, batch_size=4, gradient_accumulation=1, lr=1e-3, eval_steps=12, save_steps=16, eval_batch_size=16).start())"""
-    with tempfile.TemporaryDirectory() as folder, lab(folder, env={"OMP_NUM_THREADS": str(os.cpu_count())}) as server:
+    from tiny import save_tiny
+    cell = """from sftkit import Session, sample_data
+plan = Session("tiny", project="home-assistant").data(sample_data()/"train.jsonl", eval=40).template("chatml")
+run = plan.options(batch_size=8, gradient_accumulation=1, max_seq_length=128, epochs=4, lr=2e-3, eval_steps=50, save_steps=100).start()"""
+    with tempfile.TemporaryDirectory() as folder, lab(folder) as server:
+        save_tiny(Path(folder) / "tiny", extra=("<|im_start|>", "<|im_end|>"), hidden=64)
         write_notebook(Path(folder) / "live.ipynb", [cell])
         with notebook(server, "live.ipynb", width=1000, height=1400, scale=1.5) as nb:
             nb.run_all()
-            nb.page.wait_for_function("n => +document.querySelector('.sft-live')?.dataset.step >= n", arg=steps, timeout=600_000)
-            nb.page.wait_for_timeout(500)
+            nb.page.wait_for_function("n => +document.querySelector('.sft-live')?.dataset.step >= n", arg=steps, timeout=300_000)
+            nb.page.locator("button[data-command=pause]").click()            # so that the picture is not of a moment that is gone
+            nb.page.wait_for_timeout(1500)
+            nb.page.locator("button[data-command=resume]").click()
+            nb.page.wait_for_timeout(700)
+            nb.page.evaluate("() => document.querySelector('.sft-samples').open = false")
             nb.page.locator(".sft-live").screenshot(path=DOCS / "live.png")
             nb.page.locator("button[data-command=stop]").click()
             nb.page.wait_for_selector("img[src^='data:image/svg+xml']", timeout=60_000)

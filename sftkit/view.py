@@ -459,7 +459,7 @@ def _pair_samples(samples): # sample events -> rows for `compare_html`: first te
     rows = {}
     for s in samples:
         row = rows.setdefault(s["prompt"], dict(prompt=s["prompt"], reference=s.get("reference")))
-        row["base" if s.get("when") == "before" else "tuned"] = s.get("text", "")
+        row["base" if s.get("when") == "before" else "tuned"] = s.get("text", "") if str(s.get("text") or "").strip() else "(blank)"
     return list(rows.values())
 
 def _same(a, b): return bool(a) and bool(b) and str(a).strip() == str(b).strip()

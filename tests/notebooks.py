@@ -21,7 +21,7 @@ def execute(path, folder=None, timeout=1800):
     "Run a notebook from top to bottom in an empty folder; returns it with its outputs. A cell that fails raises."
     from nbclient import NotebookClient
     book = nbformat.read(path, as_version=4)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}      # threads that wait must not keep others from working
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}      # threads that wait must not keep others from working
     with tempfile.TemporaryDirectory() as own:
         NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute(env=env)
     return book
