@@ -16,8 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .model import _load, add_lora, causal_lm, decoder_layers, recompute_activations, score_tokens
-from .recipe import ModelError, Recipe, RecipeError, did_you_mean
+from .model import (FORMATS, add_lora, attention_dropout, best_format, causal_lm, decoder_layers, load_configuration, recompute_activations, score_tokens,
+                          stored_quantization)
+from .recipe import ModelError, Recipe, RecipeError, did_you_mean, first_line
 
 # %% ../nbs/05_memory.ipynb #aedfc86f
 def memory_limit()->int: # bytes
@@ -46,7 +47,7 @@ def _bytes(tensors): # of distinct storages
     seen = {}
     for t in tensors:
         t = getattr(t, "_local_tensor", t)                            # of a sharded parameter, this process's part
-        with contextlib.suppress(NotImplementedError, RuntimeError): seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        with contextlib.suppress(NotImplementedError): seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
     return sum(seen.values())
 
 def _state_tensors(state): # tensors in nested containers and quantisation states
@@ -89,8 +90,7 @@ class Machine:
 
     def dtype(self, mixed_precision:str|None)->torch.dtype:
         "The compute format that `mixed_precision` means there."
-        if mixed_precision is None: mixed_precision = "no" if self.kind != "cuda" else "bf16" if self.capability >= 8 else "fp16"
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[mixed_precision]
+        return FORMATS[mixed_precision or best_format(self.kind, self.capability >= 8)]
 
 def machine(
     gpu:str|None=None, # a name of `GPUS`, however it is spelled
@@ -147,9 +147,8 @@ def _pack(model, quantization, dtype): # -> {id of weight: bytes}
 def _packed_forward(weight, size, keeps, dtype, x): return _Packed.apply(x.to(dtype), weight, size, keeps)
 
 def _stored(config): # "int4", "int8" or None: how the weights of a model lie on disk
-    stored = getattr(config, "quantization_config", None)
+    stored = stored_quantization(config)
     if stored is None: return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
     return "int8" if stored.get("load_in_8bit") or stored.get("bits") == 8 or "8" in str(stored.get("quant_method", "")) else "int4"
 
 @dataclass
@@ -170,12 +169,6 @@ class Blank:
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return dict(weights=sum(self.size(t) for i, t in tensors.items() if i not in own), adapter=sum(self.size(t) for i, t in tensors.items() if i in own))
 
-def _configuration(model, trust_remote_code):
-    from transformers import AutoConfig
-    config = _load("configuration", model, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    if model.endswith(".gguf") and hasattr(config, "quantization_config"): del config.quantization_config      # its weights are plain numbers once they are loaded
-    return config
-
 def blank_model(
     config, # of transformers, or hub id or folder
     r:Recipe|None=None, # its LoRA fields are read; None: a model that is not trained, such as a teacher
@@ -187,12 +180,12 @@ def blank_model(
 )->Blank:
     "The model as training would hold it, without a weight. Raises `ModelError` if its configuration is missing or of a family that cannot be built this way."
     from transformers import AutoModelForCausalLM
-    if isinstance(config, str): config = _configuration(config, trust_remote_code)
+    if isinstance(config, str): config = load_configuration(config, trust_remote_code)
     quantization = quantization or _stored(config)
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"}, name_or_path=getattr(config, "_name_or_path", ""))
     with torch.device("meta"):
         try: model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        except (ValueError, NotImplementedError, RuntimeError) as e: raise ModelError(f"A {type(config).__name__} cannot be built without its weights ({type(e).__name__}: {str(e).splitlines()[0][:200]}), so there is no forecast for it.") from e
+        except (ValueError, NotImplementedError, RuntimeError) as e: raise ModelError(f"A {type(config).__name__} cannot be built without its weights ({type(e).__name__}: {first_line(e)}), so there is no forecast for it.") from e
         if vocabulary > model.get_input_embeddings().weight.shape[0]: model.resize_token_embeddings(vocabulary, mean_resizing=False)
         packed = _pack(model, quantization, dtype) if quantization else {}
         if isinstance(e := model.get_input_embeddings(), nn.Embedding): e.padding_idx = None
@@ -508,7 +501,7 @@ def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher
     for flat in (True, False) if flat_ok else (False,):
         try: return rehearsed(build, depth, loads[not flat], on, dtype, flat, recompute, gradients, teacher), flat, None
         except _KeepsPadding: continue
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as e: why = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as e: why = f"{type(e).__name__}: {first_line(e)}"
     blank = build(None)
     return _rough(blank, loads[not flat_ok], flat_ok, recompute, gradients, dtype), flat_ok, f"the activations are a rough figure, since a step of {type(causal_lm(blank.model)).__name__} could not be rehearsed ({why})"
 
@@ -604,11 +597,11 @@ def forecast(
         chosen = bare if bare.verdict == "fits" or on.kind == "cpu" else again(r.replace(gradient_checkpointing=True))
         return replace(chosen, recipe=r)
     dtype = on.dtype(r.mixed_precision)
-    if config is None: config = _configuration(r.model, r.trust_remote_code)
+    if config is None: config = load_configuration(r.model, r.trust_remote_code)
     recompute = r.gradient_checkpointing
     teacher = blank_model(r.teacher_model, None, dtype, r.teacher_quantization, trust_remote_code=r.trust_remote_code) if r.use_distillation else None
     text = config.get_text_config()
-    dropout = any(getattr(text, k, 0) for k in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"))
+    dropout = attention_dropout(text) is not None
     build = lambda layers: blank_model(config if layers is None else with_depth(config, layers), r, dtype if r.peft else torch.float32, r.quantization, vocabulary, new_ids, r.trust_remote_code)
     shape = tuple(getattr(r, n) for n in ("peft", "lora_r", "target_modules", "use_dora", "modules_to_save", "quantization", "mixed_precision"))
     blank = known[shape] = known.get(shape) or build(None)

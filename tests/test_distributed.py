@@ -106,10 +106,23 @@ def test_missing_deepspeed_and_fsdp_on_a_cpu_are_refused_before_anything_loads(f
     assert zero["bf16"]["enabled"] and not zero["fp16"]["enabled"] and zero["gradient_clipping"] == 0.5 and zero["train_batch_size"] == 8 * 4 * 4 and "auto" not in json.dumps(zero)
 
 
+def sharded_worker(script, model, **env):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(ROOT/"tests"/script), str(model)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_loss_in_chunks_is_right_in_a_sharded_model(tmp_path, tie):
+def test_a_loss_in_chunks_is_right_in_a_model_that_fsdp_shares_out(tmp_path, tie):
     "FSDP gathers the head's weight around one call of its module, and the loss uses it chunk by chunk, and again in the backward pass."
     save_tiny(tmp_path/"m", tie=tie)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT/"tests"/"sharded.py"), str(tmp_path/"m")],
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and f"same as whole, {'tied' if tie else 'untied'}" in done.stdout, done.stdout + done.stderr
+    assert f"same as whole, {'tied' if tie else 'untied'}" in sharded_worker("sharded.py", tmp_path/"m")
+
+
+@pytest.mark.skipif(DEEPSPEED is None, reason="deepspeed is not built in this environment (`make test` tries to)")
+def test_processes_with_unlike_numbers_of_chunks_do_not_wait_for_each_other_in_zero3(tmp_path):
+    "ZeRO-3 gathers a weight at each call of its module, all processes together: one with four chunks of logits and one with two must call the head equally often."
+    save_tiny(tmp_path/"m", tie=True)
+    env = dict(TORCH_EXTENSIONS_DIR=str(tmp_path/"extensions"), PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    assert "same as whole, tied" in sharded_worker("zero3.py", tmp_path/"m", **env)
