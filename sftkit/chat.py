@@ -7,7 +7,7 @@ __all__ = ['ChatTemplate', 'Span', 'Rendered', 'templates', 'resolve_template', 
            'render_prompt', 'render']
 
 # %% ../nbs/02_chat.ipynb #f90e5d97
-import json, re
+import json, os, re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -129,9 +129,9 @@ def resolve_template(
         return _checked(ChatTemplate("own", named[key]))
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
-    elif (path := Path(chat_template).expanduser()).is_file(): source = path.read_text(encoding="utf-8")
+    elif os.path.isfile(path := os.path.expanduser(chat_template)): source = Path(path).read_text(encoding="utf-8") # False too for a text that can't be a file's name
     else:
-        raise TemplateError(f"There is no chat template `{chat_template}`. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
+        raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
 
