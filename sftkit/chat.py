@@ -129,7 +129,8 @@ def resolve_template(
         return _checked(ChatTemplate("own", named[key]))
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
-    elif os.path.isfile(path := os.path.expanduser(chat_template)): source = Path(path).read_text(encoding="utf-8") # False too for a text that can't be a file's name
+    elif os.path.isfile(path := os.path.expanduser(chat_template)): # False, not an error, for a text that can't be a file's name
+        source = Path(path).read_text(encoding="utf-8")
     else:
         raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")

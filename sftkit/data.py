@@ -158,7 +158,7 @@ def _open_quote(text, line, delimiter): # whether the last record, which starts 
 def _delimiter(
     text:str, # of a .csv file
 )->str: # "," where nothing is told apart
-    "Of comma, tab and semicolon the one by which most of the first lines have as many cells as the header; then the one with most cells, and with fewest that begin or end with a blank."
+    "Comma, tab or semicolon: where most of the first lines have as many cells as the header; then where these are most, and fewest names have a blank at an end."
     def fit(delimiter):
         names, *rows = islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), 100)
         return len(names) > 1 and sum(len(cells) == len(names) for cells in rows), len(names), -sum(n != n.strip() for n in names)
@@ -184,7 +184,8 @@ def _read_csv(
                                 'Put a cell that contains a comma or a line break between double quotes, "like, this".')
             rows.append(({n: c for n, c in zip(names, cells) if c}, where))
         if rows and cells and ended > began and _open_quote(text, began, delimiter):
-            raise DataError(f"{name} line {began} opens a double quote that nothing closes, so all lines after it would be one cell. Close it; a quote inside a cell is written twice, \"\".")
+            raise DataError(f"{name} line {began} opens a double quote that nothing closes, so all lines after it would be one cell. "
+                            'Close it; a quote inside a cell is written twice, "".')
     except csv.Error as error: raise DataError(f"{name} is not valid CSV: {error}.") from None
     finally: csv.field_size_limit(limit)
     if len(set(names)) < len(names): raise DataError(f"{name} names a column twice: {', '.join(names)}. Rename one of them.")
@@ -414,7 +415,7 @@ def single_row(
 )->Row: # the only one
     "The one row that became of one. Raises `DataError` where it is none, or several."
     if not rows: raise DataError("The mapping leaves this row out, so there is nothing to encode.")
-    if len(rows) > 1: raise DataError(f"The row becomes {len(rows)} rows by the mapping, and `encode` takes a single one. plan.preview(rows=[row]) shows all of them.")
+    if len(rows) > 1: raise DataError(f"The row becomes {len(rows)} rows by the mapping, and `encode` takes one. plan.preview(rows=[row]) shows them all.")
     return rows[0]
 
 # %% ../nbs/03_data.ipynb #36c1d442
@@ -766,14 +767,15 @@ class Encoder:
         return messages[:_last_reply(messages)], self._tools(row)
 
     def question(self, row)->str:
-        "What a person would say was asked by a row, a list of messages or a text: the last user message, or the text to go on with, without the template around it."
+        "What a person would say was asked, of whatever `prompt` takes: the last user message, or the text to go on with, without the template around it."
         if not self.chat: return self._opening(row)
         messages, _ = self._asked(row)
         return next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])
 
     def _opening(self, row): # -> text that the answer goes on with, where rows are no conversations
         column = self.shape.columns[0]
-        if isinstance(row, list): raise DataError(f"A prompt was given as a list, but the rows are no conversations (column `{column}`). Give text, or a row with `{column}`.")
+        if isinstance(row, list):
+            raise DataError(f"A prompt was given as a list, but the rows are no conversations (column `{column}`). Give text, or a row with `{column}`.")
         return row if isinstance(row, str) else _text(row.get(column), column, "row")
 
     def prompt(self, row)->list[int]:
@@ -810,7 +812,7 @@ def _last_reply(
 # %% ../nbs/03_data.ipynb #15758f3a
 @dataclass(frozen=True)
 class Encoded:
-    "Rows ready for training. `examples`: dicts of input_ids, labels ((n,) int32), length, where, row (its number, from 0; not of blocks); `stats`: see `encode_rows`."
+    "Rows ready for training. `examples`: dicts of input_ids, labels ((n,) int32), length, where, row (its number, but for blocks); `stats`: see `encode_rows`."
     examples:list[dict]
     stats:dict
     def __len__(self)->int: return len(self.examples)

@@ -53,7 +53,7 @@ def perplexity(
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "trained_tokens": tokens}
 
 # %% ../nbs/06_evaluate.ipynb #01a18312
-_OWNED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"} # decided here, not by the caller
+_OWNED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"} # decided here
 _CHANCE = ("temperature", "top_k", "top_p", "min_p", "typical_p") # naming one of these asks for sampling
 
 def _generation_config(max_new_tokens, stop_ids, sampling):

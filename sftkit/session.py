@@ -89,8 +89,9 @@ class Session:
         fields = dict(train_split=split, **({"text_column": column} if column else {}))
         rows = _rows_in_memory(source, split)
         fields |= {} if rows is not None else {"data_path": str(source)}
-        valid = _rows_in_memory(eval, None) if not isinstance(eval, (str, Path, int, float, type(None))) else None
         path = isinstance(eval, Path) or (isinstance(eval, str) and names_a_file(eval))
+        valid = _rows_in_memory(eval, None) if not isinstance(eval, (str, Path, int, float, type(None))) else None
+        if rows is not None and isinstance(eval, str) and not path: valid = _rows_in_memory(source, eval)
         if eval is not None and valid is None: fields |= {"valid_path": str(eval)} if path else {"valid_split": eval}
         drop = {"valid_path", "valid_split"} if eval is not None else set()
         kept = {k: v for k, v in self._fields.items() if k not in drop | {"data_path"}}
@@ -187,7 +188,7 @@ class Session:
         return work
 
     def encode(self, row:dict)->dict:
-        "Tokens, labels and text of one row, as the trainer gets them: the keys of `sftkit.data.Encoder`. Raises `DataError` where `.map` makes none of it, or several."
+        "Tokens, labels and text of one row, as the trainer gets them: the keys of `sftkit.data.Encoder`. Raises `DataError` unless it stays one row."
         one = single_row(self._mapped([Row(row, "row")]))
         return self._work.data.encoder(one.value, one.where)
 
@@ -437,7 +438,8 @@ class Run:
         "Steps with loss, lr, gradient norm, tokens and seconds; the evaluations' values stand at their steps."
         import pandas as pd
         found = [{k: v for k, v in e.items() if k not in ("t", "kind")} for e in self.events if e["kind"] == "step"]
-        steps = pd.DataFrame(found) if found else pd.DataFrame(columns=["step", "epoch", "loss", "lr", "grad_norm", "tokens", "seq_tokens", "seconds"], dtype=float)
+        always = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "seq_tokens", "seconds"]
+        steps = pd.DataFrame(found) if found else pd.DataFrame(columns=always, dtype=float)
         evals = pd.DataFrame([{("eval_" + k if k != "step" else k): v for k, v in e.items() if k not in ("t", "kind")} for e in self.events if e["kind"] == "eval"])
         return steps.merge(evals, on="step", how="left") if len(evals) and len(steps) else steps
 

@@ -22,7 +22,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .chat import missing_markers, resolve_template
-from .data import Encoded, Encoder, Row, collate, collate_packed, Shape, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash, rows_on_both_sides, single_row, split_rows, store_rows, text_blocks
+from .data import (Encoded, Encoder, Row, Shape, collate, collate_packed, detect_shape, encode_rows, map_rows, pack_rows, read_rows, rows_hash,
+                         rows_on_both_sides, single_row, split_rows, store_rows, text_blocks)
 from .evaluate import check_metrics, evaluate, generate
 from .events import EventLog, RunDirectory, flush_folder, process_gone, this_process
 from .memory import Forecast, Machine, forecast, heaviest, held_parts, machine, read_memory
@@ -51,7 +52,7 @@ class Prepared:
         return (self.preprocess,) if self.preprocess else ()
 
     def encode(self, row:dict)->dict: # as `Encoder.__call__`
-        "Tokens and labels of one row, by the path that feeds the trainer: mapped, rendered, tokenised, masked, cut. Raises `DataError` where the mapping makes none of it, or several."
+        "Tokens and labels of one row, as the trainer gets it: mapped, rendered, tokenised, masked, cut. Raises `DataError` unless it stays one row."
         one = single_row(map_rows([Row(row, "row")], *self.maps))
         return self.encoder(one.value, one.where)
 
@@ -119,7 +120,8 @@ def prepare(
         notes.append(f"Evaluation was asked for without data for it, so {len(valid_rows)} of {len(train_rows) + len(valid_rows)} rows are held out. `valid_split` or `valid_path` decides otherwise.")
     if r.chat_template and not encoder.chat: notes.append(f"`chat_template={r.chat_template!r}` has no effect on plain text.")
     if r.use_distillation: check_teacher(r.teacher_model, encoder.tokenizer, r.trust_remote_code)
-    if shape.kind == "text" and _generates(r): notes.append("Plain text has no prompt to answer, so it is evaluated by loss and perplexity alone; no answers are generated.")
+    if shape.kind == "text" and _generates(r):
+        notes.append("Plain text has no prompt to answer, so it is evaluated by loss and perplexity alone; no answers are generated.")
     notes += _leaks(train_rows, valid_rows, shape)
     if r.block_size > 0 and shape.kind != "text":
         raise DataError(f"`block_size={r.block_size}` joins plain text, but these rows are {shape.kind} rows, whose turns must stay whole. Leave `block_size` at -1.")
@@ -462,7 +464,7 @@ class Engine(SFTTrainer):
         return loss / max(tokens, 1)
 
     def scores(self, rows=None):
-        """(metric -> number, predictions) of answers to the first `rows` that can be scored, or all; in the first process alone, empty where nothing is to be generated.
+        """(metric -> number, predictions) of answers to the first `rows` that can be scored, or all; empty where none are wanted, and in other processes.
 
         Predictions that are to be saved are made at the end, whatever the metrics."""
         d, r = self.data_prepared, self.data_prepared.recipe

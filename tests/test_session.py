@@ -286,3 +286,11 @@ def test_encode_and_preview_of_a_row_that_becomes_several(tiny, chat_file):
     text = plan.preview(rows=CHAT[:1]).text
     assert "light 0" in text and "once more" in text
     with pytest.raises(DataError, match="leaves this row out"): Session(tiny, project="q", **FAST).data(chat_file).map(lambda row: None if row == CHAT[0] else row).encode(CHAT[0])
+
+
+def test_eval_names_a_split_of_data_in_memory_too(tiny):
+    both = {"train": CHAT[:8], "validation": CHAT[8:11]}
+    data = Session(tiny, project="p", **FAST).data(both, eval="valid")._work.data
+    assert len(data.train_rows) == 8 and [r.value for r in data.valid_rows] == CHAT[8:11]
+    Path("test").mkdir()
+    with pytest.raises(DataError, match="no split `test`. Splits: train.*type `./test`"): Session(tiny, project="p").data(CHAT, eval="test")
