@@ -136,6 +136,10 @@ def resolve_template(
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
 
+def _short(value): # -> a few characters of any value, for messages
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
 def _checked(template): # -> the same template, once its Jinja source has compiled
     from transformers.utils.chat_template_utils import _compile_jinja_template
     try: _compile_jinja_template(template.jinja)
@@ -184,10 +188,6 @@ def check_messages(
 
 _ORDER_HINTS = {("user", "user"): "Merge the two into one message.", ("assistant", "assistant"): "Merge the two into one message.", ("system", "system"): "Merge the two into one message.",
                 (None, "assistant"): "Put the user message that it answers before it, or a system message; or drop such openings with .map(lambda row: {**row, 'messages': row['messages'][1:]})."}
-
-def _short(value): # -> a few characters of any value, for messages
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../nbs/02_chat.ipynb #8051f8c0
 def _clean_message(message, where): # -> dict with role, content and whatever else the message carries
