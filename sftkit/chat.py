@@ -7,7 +7,7 @@ __all__ = ['ChatTemplate', 'Span', 'Rendered', 'templates', 'resolve_template', 
            'render_prompt', 'render']
 
 # %% ../nbs/02_chat.ipynb #f90e5d97
-import json, re
+import json, os, re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -129,11 +129,16 @@ def resolve_template(
         return _checked(ChatTemplate("own", named[key]))
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
-    elif (path := Path(chat_template).expanduser()).is_file(): source = path.read_text(encoding="utf-8")
+    elif os.path.isfile(path := os.path.expanduser(chat_template)): # False, not an error, for a text that can't be a file's name
+        source = Path(path).read_text(encoding="utf-8")
     else:
-        raise TemplateError(f"There is no chat template `{chat_template}`. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
+        raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
+
+def _short(value): # -> a few characters of any value, for messages
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 def _checked(template): # -> the same template, once its Jinja source has compiled
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -183,10 +188,6 @@ def check_messages(
 
 _ORDER_HINTS = {("user", "user"): "Merge the two into one message.", ("assistant", "assistant"): "Merge the two into one message.", ("system", "system"): "Merge the two into one message.",
                 (None, "assistant"): "Put the user message that it answers before it, or a system message; or drop such openings with .map(lambda row: {**row, 'messages': row['messages'][1:]})."}
-
-def _short(value): # -> a few characters of any value, for messages
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../nbs/02_chat.ipynb #8051f8c0
 def _clean_message(message, where): # -> dict with role, content and whatever else the message carries

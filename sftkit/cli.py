@@ -35,9 +35,7 @@ def llm(args):
 
 def preview(args):
     "sftkit preview --model M --data-path D [...]: show which tokens would be trained"
-    from sftkit.view import preview_text
-    shown = _plan(args, project="preview").preview()
-    print(shown.text)
+    print(_plan(args, project="preview").preview().text)
 
 def memory(args):
     "sftkit memory --model M --data-path D [--gpu T4 | --device-gib 16] [...]: forecast the memory a run takes, and what would help"

@@ -53,17 +53,17 @@ def perplexity(
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "trained_tokens": tokens}
 
 # %% ../nbs/06_evaluate.ipynb #01a18312
-_owned = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"} # decided here, not by the caller
-_chance = ("temperature", "top_k", "top_p", "min_p", "typical_p") # naming one of these asks for sampling
+_OWNED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"} # decided here
+_CHANCE = ("temperature", "top_k", "top_p", "min_p", "typical_p") # naming one of these asks for sampling
 
 def _generation_config(max_new_tokens, stop_ids, sampling):
-    accepted = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _owned
+    accepted = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _OWNED
     for name in sampling:
         if name not in accepted: raise ModelError(f"`{name}` is not a generation setting.{did_you_mean(name, accepted)} "
             "Common ones: temperature, top_p, top_k, min_p, repetition_penalty, num_beams.")
     if max_new_tokens < 1: raise ModelError(f"max_new_tokens={max_new_tokens}: at least 1 is needed. Type max_new_tokens=128.")
-    do_sample = sampling.get("do_sample", any(sampling.get(name) is not None for name in _chance) and sampling.get("temperature") != 0)
-    kept = {k: v for k, v in sampling.items() if k != "do_sample" and (do_sample or k not in _chance)}
+    do_sample = sampling.get("do_sample", any(sampling.get(name) is not None for name in _CHANCE) and sampling.get("temperature") != 0)
+    kept = {k: v for k, v in sampling.items() if k != "do_sample" and (do_sample or k not in _CHANCE)}
     if do_sample: kept.setdefault("top_k", 0) # transformers would cut to the 50 likeliest tokens without being asked
     return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample, eos_token_id=sorted(stop_ids) or None, pad_token_id=0, use_cache=True, **kept)
 
@@ -227,8 +227,8 @@ def base_model(
             "To compare with the base, load it apart: `AutoModelForCausalLM.from_pretrained(base)`.")
 
 # %% ../nbs/06_evaluate.ipynb #48e7d163
-_packages = {"bleu": "sacrebleu", "rouge": "rouge_score"}
-_generated = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
+_PACKAGES = {"bleu": "sacrebleu", "rouge": "rouge_score"}
+_GENERATED = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
 def _own_metric(name):
     "The function that `module:function` names."
@@ -241,13 +241,13 @@ def _own_metric(name):
 def check_metrics(metrics):
     "A list of names and functions from a list, a comma-separated text, or one function; unknown names and missing packages are refused."
     names = [n.strip() for n in metrics.split(",") if n.strip()] if isinstance(metrics, str) else [metrics] if callable(metrics) else list(metrics)
-    known = ["perplexity", *_generated]
+    known = ["perplexity", *_GENERATED]
     names = [_own_metric(name) if isinstance(name, str) and ":" in name else name for name in names]
     for name in names:
         if callable(name): continue
         if name not in known: raise DataError(f"Unknown metric `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}, or a function of (predictions, references) that returns a number.")
-        if name in _packages and importlib.util.find_spec(_packages[name]) is None:
-            raise DataError(f"The metric `{name}` needs a package that is not installed. Type: pip install {_packages[name].replace('_', '-')}")
+        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise DataError(f"The metric `{name}` needs a package that is not installed. Type: pip install {_PACKAGES[name].replace('_', '-')}")
     return names
 
 # %% ../nbs/06_evaluate.ipynb #d5812f93
@@ -268,19 +268,21 @@ def evaluate(
     batch_size:int=8, # rows at a time
     max_new_tokens:int=128, # longest answer, in tokens
     stop_ids=None, # as in `generate`; give the token that ends a turn if it is not the tokenizer's eos
+    asked=None, # those of `rows` to generate for, where not all can be asked; perplexity counts all
 )->dict: # metric name -> number (perplexity adds "loss" and "trained_tokens"; rouge is rouge1, rouge2, rougeL), and "predictions": list of {"prompt", "reference", "prediction"}
     "Scores of `model` on `rows`: greedy, from the prompt alone. Raises `DataError` for an unknown metric, before anything runs, and for rows without a reference, naming the row."
     metrics = check_metrics(metrics)
-    rows = [(row, f"row {i}") if isinstance(row, dict) else (row.value, row.where) for i, row in enumerate(rows, 1)]
+    placed = lambda rows: [(row, f"row {i}") if isinstance(row, dict) else (row.value, row.where) for i, row in enumerate(rows, 1)]
+    rows, asked = placed(rows), placed(rows if asked is None else asked)
     examples = [encoder(value, where) for value, where in rows] if "perplexity" in metrics else []
     result, predictions = {}, []
     if any(m != "perplexity" for m in metrics):
-        predictions = _predict(model, tokenizer, rows, encoder, batch_size, max_new_tokens, stop_ids)
+        predictions = _predict(model, tokenizer, asked, encoder, batch_size, max_new_tokens, stop_ids)
     said, meant = [p["prediction"] for p in predictions], [p["reference"] for p in predictions]
     for metric in metrics:
         if metric == "perplexity": result |= perplexity(model, examples, tokenizer.pad_token_id, batch_size)
         elif callable(metric): result[metric.__name__] = float(metric(said, meant))
         else:
-            score = _generated[metric](said, meant)
+            score = _GENERATED[metric](said, meant)
             result |= score if isinstance(score, dict) else {metric: score}
     return result | {"predictions": predictions}

@@ -8,7 +8,7 @@ __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores',
 # %% ../nbs/12_session.ipynb #395256fd
 import contextlib, functools, glob, sys, tempfile, threading, time
 from pathlib import Path
-from .data import Row, Shape, Encoder, read_rows, map_rows, rows_hash, store_rows
+from .data import Row, Shape, read_rows, map_rows, names_a_file, rows_hash, single_row, store_rows
 from .events import RunDirectory
 from .recipe import DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, check_hub_name, hub_name, raise_all, recipe_fields, write_atomic
 
@@ -33,7 +33,6 @@ def _widgets_work():
     return choose_renderer() == "widget"
 
 # %% ../nbs/12_session.ipynb #74771cae
-_DATA_FILES = (".csv", ".json", ".jsonl", ".parquet", ".gz")
 _STEPS = dict(      # fluent step -> {its keyword: recipe field}
     template=dict(chat_template="chat_template"),
     lora=dict(r="lora_r", alpha="lora_alpha", dropout="lora_dropout", targets="target_modules", dora="use_dora", rslora="use_rslora", init="init_lora_weights", modules_to_save="modules_to_save", merge="merge_adapter"),
@@ -83,15 +82,17 @@ class Session:
     def data(self,
         source, # file, folder, hub id, DataFrame, list of dicts, Dataset or DatasetDict
         column:str|None=None, # column to train on, if its name is not a usual one
-        eval=None, # share (0.1) or number of rows to hold out; a file; the name of a split; or rows
+        eval=None, # share (0.1) or number of rows to hold out; a file or folder (text with a data ending or a `/`); the name of a split; or rows
         split:str="train", # split of the source to train on
     )->"Session":
         "Say what to train on and what to evaluate on."
         fields = dict(train_split=split, **({"text_column": column} if column else {}))
         rows = _rows_in_memory(source, split)
         fields |= {} if rows is not None else {"data_path": str(source)}
+        path = isinstance(eval, Path) or (isinstance(eval, str) and names_a_file(eval))
         valid = _rows_in_memory(eval, None) if not isinstance(eval, (str, Path, int, float, type(None))) else None
-        if eval is not None and valid is None: fields |= {"valid_path": str(eval)} if isinstance(eval, Path) or (isinstance(eval, str) and (Path(eval).exists() or Path(eval).suffix in _DATA_FILES)) else {"valid_split": eval}
+        if rows is not None and isinstance(eval, str) and not path: valid = _rows_in_memory(source, eval)
+        if eval is not None and valid is None: fields |= {"valid_path": str(eval)} if path else {"valid_split": eval}
         drop = {"valid_path", "valid_split"} if eval is not None else set()
         kept = {k: v for k, v in self._fields.items() if k not in drop | {"data_path"}}
         return self._with(fields, _fields=kept, _rows=rows, _valid_rows=valid if eval is not None else self._valid_rows)
@@ -131,7 +132,7 @@ class Session:
 
     @functools.cached_property
     def _stored(self): # {recipe field: rows to store}, for data that is in memory or mapped
-        maps = lambda rows: functools.reduce(map_rows, self._maps, rows)
+        maps = lambda rows: map_rows(rows, *self._maps)
         f, stored = self._fields, {}
         if self._rows is not None or self._maps:
             if self._rows is None and "data_path" not in f: return {}
@@ -187,11 +188,11 @@ class Session:
         return work
 
     def encode(self, row:dict)->dict:
-        "Tokens, labels and text of one row, as the trainer gets them: the keys of `sftkit.data.Encoder`."
-        fn = (lambda rows: functools.reduce(map_rows, self._maps, rows))
-        rows = fn([Row(row, "row")])
-        if not rows: raise DataError("`.map` leaves this row out, so there is nothing to encode.")
-        return self._work.data.encode(rows[0].value)
+        "Tokens, labels and text of one row, as the trainer gets them: the keys of `sftkit.data.Encoder`. Raises `DataError` unless it stays one row."
+        one = single_row(self._mapped([Row(row, "row")]))
+        return self._work.data.encoder(one.value, one.where)
+
+    def _mapped(self, rows): return map_rows(rows, *self._maps, *self._work.data.maps)
 
     def batches(self):
         "The loader's own batches of the first epoch: dicts of (batch, seq) int64 tensors."
@@ -202,11 +203,12 @@ class Session:
         "Tokens of the first `n` training rows (or of `rows`), coloured by role and by what becomes of them: trained, not trained, cut off. With widgets: of all rows, `n` a page."
         from sftkit.view import preview_html, preview_text
         data = self._work.data
-        shown = [{**self.encode(row), "where": f"row {i}"} for i, row in enumerate(rows, 1)] if rows is not None else [{**data.encoder(r.value, r.where), "where": r.where} for r in data.train_rows[:n]]
+        given = rows if rows is None else self._mapped([Row(row, f"row {i}") for i, row in enumerate(rows, 1)])
+        shown = [{**data.encoder(r.value, r.where), "where": r.where} for r in (data.train_rows[:n] if given is None else given)]
         stats = {**data.train.stats, "max_seq_length": self.recipe.max_seq_length}
         decode = lambda i: data.tokenizer.convert_ids_to_tokens(int(i))
         html, text = preview_html(shown, decode, stats=stats), preview_text(shown, decode, stats=stats)
-        return Shown(html, text, lambda: _preview_panel(self, {"text/html": html, "text/plain": text}, n, rows))
+        return Shown(html, text, lambda: _preview_panel(self, {"text/html": html, "text/plain": text}, n, given))
 
     def memory(self,
         gpu:str|None=None, # another card than this machine's, e.g. "T4", "RTX 4090", "A100"
@@ -266,27 +268,19 @@ def _portable(plan):
     return plan
 
 # %% ../nbs/12_session.ipynb #c3a9515e
-def _encoder_with(data, name):
-    "The encoder that `plan.template(name)` would train with, for the rows of this plan."
-    from sftkit.chat import missing_markers, resolve_template
-    from sftkit.model import add_tokens, load_tokenizer
-    r, tokenizer = data.recipe, load_tokenizer(data.recipe.model, data.recipe.trust_remote_code)
-    template = resolve_template(name, tokenizer)
-    add_tokens(tokenizer, missing_markers(template, tokenizer))
-    tokenizer.chat_template = template.jinja
-    return Encoder(tokenizer, data.encoder.shape, template, data.encoder.max_seq_length, r.add_eos_token, r.train_on)
-
-def _preview_panel(plan, static, n, rows=None):
-    "The widget of `Session.preview`: all training rows and all held-out ones, or the given `rows`."
+def _preview_panel(plan, static, n, given=None):
+    "The widget of `Session.preview`: all training rows and all held-out ones, or the `given` rows, already mapped."
     from sftkit.chat import templates
+    from sftkit.training import make_encoder
     from sftkit.widgets import PreviewView
-    data, steps = plan._work.data, [*plan._maps, *([plan._work.data.preprocess] if plan._work.data.preprocess else [])]
-    given = None if rows is None else {"given": functools.reduce(map_rows, steps, [Row(row, f"row {i}") for i, row in enumerate(rows, 1)])}
+    data = plan._work.data
     splits = {"training": (data.train_rows, data.train), **({"held out": (data.valid_rows, data.valid)} if data.valid_rows else {})}
     stats = {name: (e.stats, e.examples) for name, (_, e) in splits.items()}
     own = data.template.name if data.template else "no template"
     others = [name for name in templates() if name != own] if data.encoder.shape.kind != "text" else []
-    return PreviewView(given or {name: r for name, (r, _) in splits.items()}, data.encoder, static, {} if given else stats, functools.partial(_encoder_with, data), others, own, n)
+    rows = {name: r for name, (r, _) in splits.items()} if given is None else {"given": given}
+    encoder_for = lambda name: make_encoder(data.recipe.replace(chat_template=name), data.encoder.shape)[0]
+    return PreviewView(rows, data.encoder, static, stats if given is None else {}, encoder_for, others, own, n)
 
 # %% ../nbs/12_session.ipynb #779c23be
 def _short(path):
@@ -364,7 +358,7 @@ def _fit(plan, renderer=None):
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
     run, model, data = work.fit(view)
     plan.__dict__.pop("_work", None)              # a second fit starts from fresh data
-    done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids)
+    done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids, data)
     if process_rank() == 0 and done.state == "finished": _take_away(done, [e["input_ids"] for e in data.train.examples[:4]])
     return done
 
@@ -403,9 +397,10 @@ def train(
 # %% ../nbs/12_session.ipynb #56eb1646
 class Run:
     "A run that was, is, or was interrupted."
-    def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None):
+    def __init__(self, directory:RunDirectory, recipe:Recipe, model=None, tokenizer=None, encoder=None, stop_ids=None, data=None):
         self._directory, self._began, self.recipe = directory, directory.began(), recipe
         self._loaded = (model, tokenizer, encoder, stop_ids) if model is not None else None
+        self._prepared = data
         self._in_use = threading.RLock() # of the model: a chat answers on a thread of its own, with the adapter switched off for the base
 
     @classmethod
@@ -442,7 +437,9 @@ class Run:
     def history(self): # pandas.DataFrame, one row per optimizer step
         "Steps with loss, lr, gradient norm, tokens and seconds; the evaluations' values stand at their steps."
         import pandas as pd
-        steps = pd.DataFrame([{k: v for k, v in e.items() if k not in ("t", "kind")} for e in self.events if e["kind"] == "step"])
+        found = [{k: v for k, v in e.items() if k not in ("t", "kind")} for e in self.events if e["kind"] == "step"]
+        always = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "seq_tokens", "seconds"]
+        steps = pd.DataFrame(found) if found else pd.DataFrame(columns=always, dtype=float)
         evals = pd.DataFrame([{("eval_" + k if k != "step" else k): v for k, v in e.items() if k not in ("t", "kind")} for e in self.events if e["kind"] == "eval"])
         return steps.merge(evals, on="step", how="left") if len(evals) and len(steps) else steps
 
@@ -495,10 +492,10 @@ class Run:
         max_new_tokens:int=128,
     )->"Comparison":
         "The base model's answers beside the tuned one's, both greedy and in the same template."
-        from sftkit.training import asked
+        encoder = self._parts()[2]
         tuned = self.generate(list(prompts), max_new_tokens)
         with self._in_use, _as_base(self) as base: before = base.generate(list(prompts), max_new_tokens)
-        return Comparison([dict(prompt=asked(p), reference=_answer(self._parts()[2], p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
+        return Comparison([dict(prompt=encoder.question(p), reference=_answer(encoder, p), base=b, tuned=t) for p, b, t in zip(prompts, before, tuned)])
 
     def evaluate(self,
         data=None, # any source of rows; by default the rows held out by the recipe
@@ -509,13 +506,19 @@ class Run:
         "Score the tuned model. Raises `DataError` if there are no rows to score."
         from sftkit.evaluate import evaluate
         model, tokenizer, encoder, stop_ids = self._parts()
-        with self._in_use: return Scores(evaluate(model, tokenizer, self._held_out() if data is None else read_rows(data), encoder, metrics, batch_size, max_new_tokens, stop_ids))
+        rows, asked = self._held_out() if data is None else (read_rows(data), None)
+        with self._in_use: return Scores(evaluate(model, tokenizer, rows, encoder, metrics, batch_size, max_new_tokens, stop_ids, asked))
+
+    def _data(self):
+        "The `Prepared` that was trained on: kept by `fit`, else read and mapped again as the recipe's trainer does."
+        if self._prepared is None: self._prepared = Session.from_recipe(self.recipe)._work.data
+        return self._prepared
 
     def _held_out(self):
-        from sftkit.training import prepare
-        rows = prepare(self.recipe).valid_rows
-        if not rows: raise DataError("This run held no rows out. Give some: run.evaluate(\"test.jsonl\").")
-        return rows
+        "(rows held out, those of them that can be asked, or None to have `evaluate` say why none can)"
+        data = self._data()
+        if not data.valid_rows: raise DataError("This run held no rows out. Give some: run.evaluate(\"test.jsonl\").")
+        return data.valid_rows, data.scored_rows or None
 
     @property
     def about(self)->dict: # see `training.about`
@@ -539,9 +542,8 @@ class Run:
 
     def _merge(self, out, source, examples=None):
         from sftkit.export import merge
-        from sftkit.training import prepare
         model, *_ = self._parts()
-        if examples is None: examples = [e["input_ids"] for e in prepare(self.recipe).train.examples[:4]]
+        if examples is None: examples = [e["input_ids"] for e in self._data().train.examples[:4]]
         whole = any((self.path/n).exists() for n in ("config.json", "adapter_config.json"))
         return merge(self.path if whole else self.directory.checkpoints()[-1][1], out, examples, model if self.recipe.quantization else None, model.device, self.recipe.trust_remote_code, self._texts(source, merged=True))
 
@@ -592,7 +594,6 @@ class Run:
 
     def report(self, path:str|Path|None=None)->Path:
         "Write one self-contained HTML page: curves, data and template, samples before and after, recipe. By default `report.html` in the run directory."
-        from sftkit.recipe import write_atomic
         path = Path(path) if path else self.path/"report.html"
         write_atomic(path, _report(self))
         return path
@@ -639,16 +640,15 @@ class Run:
 def _gone(path): raise RunError(f"The run that was in `{path}` is not there any more: another run has taken its name, and no folder beside it holds this one. Run.open(\"{path}\") opens the one that is there.")
 
 def _load_run(run):
-    from sftkit.chat import resolve_template
     from sftkit.model import best_device, compute_dtype, load_trained
+    from sftkit.training import make_encoder
     r, about = run.recipe, run.about
     done, checkpoints = any((run.path/n).exists() for n in ("config.json", "adapter_config.json")), run.directory.checkpoints()
     if not done and not checkpoints: raise RunError(f"`{run.path}` holds no weights yet ({run.state}). Train it first, or resume it.")
     device = best_device()
     model, tokenizer = load_trained(run.path if done else checkpoints[-1][1], compute_dtype(r.mixed_precision, device), device, r.quantization, r.trust_remote_code)
     shape = Shape(about["shape"]["kind"], tuple(about["shape"]["columns"]))
-    template = resolve_template(None, tokenizer) if shape.chat or (shape.kind == "pair" and r.chat_template) else None
-    encoder = Encoder(tokenizer, shape, template, r.max_seq_length, r.add_eos_token, r.train_on)
+    encoder, _ = make_encoder(r.replace(block_size=-1), shape, tokenizer)      # what it is given now is read row by row, not in blocks
     ends = model.generation_config.eos_token_id
     return model, tokenizer, encoder, [ends] if isinstance(ends, int) else list(ends or [])
 

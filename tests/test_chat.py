@@ -515,3 +515,10 @@ def test_long_conversations_stay_quick(tokenizer):
     begin = time.perf_counter()
     for name in ("chatml", "llama"): assert len(trained_text(render(messages, templates()[name], tokenizer))) == 60
     assert time.perf_counter() - begin < 5
+
+
+def test_a_template_given_as_long_text_is_no_file_name(tokenizer):
+    "A text without Jinja that is longer than a file name may be, or names no user, is an unknown template."
+    for text in ("Below is an instruction. " * 300, "~nobody/there.jinja", "a\0b"):
+        with pytest.raises(TemplateError, match="There is no chat template") as caught: resolve_template(text, tokenizer)
+        assert len(str(caught.value)) < 500

@@ -6,8 +6,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_tokenizer, write_jsonl
 from sftkit.chat import ChatTemplate, render, render_prompt, templates
-from sftkit.data import (Encoder, Row, Shape, aligned_tokens, available_splits, collate, detect_shape, encode_rows, map_rows, plain, read_rows, rows_hash, sample_data,
-                         split_rows, text_blocks, write_rows, _anchor_ids)
+from sftkit.data import (Encoder, Row, Shape, aligned_tokens, collate, detect_shape, encode_rows, map_rows, plain, read_rows, rows_hash, sample_data,
+                         split_rows, text_blocks, write_rows, _anchor_ids, _open)
 from sftkit.recipe import DataError, SftkitError
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -159,20 +159,22 @@ def test_line_separators_inside_json_strings(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
     assert read_rows(tmp_path / "a.jsonl")[0] == Row({"text": "a\u2028b\u0085c"}, "a.jsonl line 1")
 
+def splits_of(folder): return list(_open(folder))
+
 def test_splits_of_a_folder(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.csv", "test/part.jsonl", ".hidden.jsonl", "README.md"):
         path = tmp_path / name; path.parent.mkdir(exist_ok=True)
         path.write_text("text\nx\n" if name.endswith("csv") else json.dumps({"text": name}) + "\n")
-    assert available_splits(tmp_path) == ["train", "test", "validation"]
+    assert splits_of(tmp_path) == ["train", "test", "validation"]
     assert [r.value["text"] for r in read_rows(tmp_path)] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
     assert read_rows(tmp_path, "valid") == read_rows(tmp_path, "validation") and read_rows(tmp_path, "test")[0].value == {"text": "test/part.jsonl"}
     with pytest.raises(DataError, match="no split `holdout`. Splits: train, test, validation"): read_rows(tmp_path, "holdout")
 
 def test_folder_of_files_without_split_names(tmp_path):
     write_jsonl(tmp_path / "chat.jsonl", [{"text": "a"}])
-    assert available_splits(tmp_path) == ["train"]
+    assert splits_of(tmp_path) == ["train"]
     write_jsonl(tmp_path / "testing.jsonl", [{"text": "b"}])
-    assert [r.value["text"] for r in read_rows(tmp_path)] == ["a"] and available_splits(tmp_path) == ["train", "test"]
+    assert [r.value["text"] for r in read_rows(tmp_path)] == ["a"] and splits_of(tmp_path) == ["train", "test"]
     write_jsonl(tmp_path / "train.jsonl", [{"text": "c"}])
     assert [r.value["text"] for r in read_rows(tmp_path)] == ["c"] and read_rows(tmp_path, "chat")[0].value == {"text": "a"}
 
@@ -525,13 +527,13 @@ def test_encode_rows_is_the_encoder(tokenizer):
         one = encoder(row.value)
         assert example["input_ids"].tolist() == one["input_ids"] and example["labels"].tolist() == one["labels"] and example["length"] == len(one["input_ids"])
 
-def test_preprocess_reaches_the_tokens():
+def test_a_map_reaches_the_tokens():
     tok = tiny_tokenizer()
     rows = read_rows([{"q": "a", "a": "b"}, {"q": "", "a": ""}])
-    fn = lambda r: {"text": f"### Instruction: {r['q']}\n### Response: {r['a']}"} if r["q"] else None
-    encoded = encode_rows(rows, Encoder(tok, Shape("text", ("text",))), preprocess=fn)
-    assert tok.decode(encoded.examples[0]["input_ids"]) == "### Instruction: a\n### Response: b</s>" and encoded.stats["dropped_rows"] == ["row 2"] and len(encoded) == 1
-    with pytest.raises(DataError, match="all were dropped"): encode_rows(rows, Encoder(tok, Shape("text", ("text",))), preprocess=lambda r: None)
+    mapped = map_rows(rows, lambda r: {"text": f"### Instruction: {r['q']}\n### Response: {r['a']}"} if r["q"] else None)
+    encoded = encode_rows(mapped, Encoder(tok, Shape("text", ("text",))))
+    assert tok.decode(encoded.examples[0]["input_ids"]) == "### Instruction: a\n### Response: b</s>" and len(encoded) == 1
+    with pytest.raises(DataError, match="no rows to train on"): encode_rows(map_rows(rows, lambda r: None), Encoder(tok, Shape("text", ("text",))))
 
 def test_acceptance_19_a_split_shares_no_row_and_no_duplicate():
     rows = read_rows([{"text": f" row {i % 40}" + " " * (i // 40), "id": i} for i in range(100)])
@@ -601,3 +603,59 @@ def test_reading_lines_needs_neither_torch_nor_pandas(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     code = f"import sys; from sftkit.data import read_rows, detect_shape; detect_shape(read_rows({path!r})); assert not {{'torch', 'transformers', 'pandas', 'datasets'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("content, columns, first", [
+    ("prompt;completion, short\nHi;Hello\nTwo;One, two, three\n", ["prompt", "completion, short"], "Hi"),
+    ("prompt;completion, short\nHi;Hello, you\n", ["prompt", "completion, short"], "Hi"),            # each line has one comma too
+    ('"a, b";c;d\n1;2;3\n', ["a, b", "c", "d"], "1"),
+    ('text,"note; in two parts"\nHi,x\n', ["text", "note; in two parts"], "Hi"),
+    ("text\tlabel, number\nHi, you\t1\n", ["text", "label, number"], "Hi, you"),
+    ("a, b\n1, 2\n", ["a", "b"], "1"), ("text\nHi\n", ["text"], "Hi"), ("prompt,completion\nHi;you,Hello\nHi\n", ["prompt", "completion"], "Hi;you"),
+])
+def test_the_delimiter_of_a_csv_is_the_one_its_lines_agree_on(tmp_path, content, columns, first):
+    (tmp_path / "a.csv").write_text(content)
+    row = read_rows(tmp_path / "a.csv")[0].value
+    assert list(row) == columns and row[columns[0]] == first
+
+
+def test_rows_of_a_folder_are_named_by_their_path_in_it(tmp_path):
+    import pandas as pd
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "chat.jsonl", [{"text": folder}])
+        (tmp_path / folder / "chat.csv").write_text("text\nx\n")
+        (tmp_path / folder / "list.json").write_text('[{"text": "x"}]')
+        pd.DataFrame({"text": ["x"]}).to_parquet(tmp_path / folder / "t.parquet")
+    assert [r.where for r in read_rows(tmp_path)] == [f"{f}/{name}" for f in "ab" for name in ("chat.csv row 1", "chat.jsonl line 1", "list.json row 1", "t.parquet row 1")]
+    assert read_rows(tmp_path / "a" / "chat.jsonl")[0].where == "chat.jsonl line 1"
+    (tmp_path / "b" / "chat.jsonl").write_text('{"text": \n')
+    with pytest.raises(DataError, match="^b/chat.jsonl line 1 is not valid JSON"): read_rows(tmp_path)
+    (tmp_path / "b" / "chat.jsonl").write_bytes(b"\xff\x00\n")
+    with pytest.raises(DataError, match="^b/chat.jsonl"): read_rows(tmp_path)
+
+
+def test_examples_know_the_number_of_their_row():
+    "Places don't tell: a map may make several rows of one."
+    rows = map_rows(read_rows([{"text": "hello"}]), lambda row: [row, {"text": ""}, {"text": "world"}])
+    encoded = encode_rows(rows, Encoder(tiny_tokenizer(), Shape("text", ("text",))))
+    assert [(e["row"], e["where"]) for e in encoded.examples] == [(0, "row 1"), (2, "row 1")]
+
+
+def test_map_rows_takes_several_functions():
+    rows = read_rows([{"text": "a"}])
+    assert map_rows(rows) == rows
+    assert [r.value["text"] for r in map_rows(rows, lambda r: [r, r], lambda r: {"text": r["text"] + "!"})] == ["a!", "a!"]
+
+
+def test_the_question_of_a_row_is_what_its_columns_say():
+    tok, asked = tiny_tokenizer(), "turn on light 3"
+    talk = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "turn on "}, {"type": "text", "text": "light 3"}]}, {"role": "assistant", "content": "done"}]
+    def question(row, column="text"): return Encoder(tok, detect_shape([Row(row, "row 1")], column), templates()["chatml"] if "prompt" not in row else None).question(row)
+    assert question({"talk": talk}, "talk") == question({"messages": talk}) == question({"question": asked, "answer": "done"}) == question({"prompt": asked, "completion": "done"}) == asked
+    assert question({"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "done"}]}) == question({"body": asked}, "body") == asked
+    assert question({"instruction": "Add", "input": "1 2", "output": "3"}) == "Add\n\n1 2"
+    chat = Encoder(tok, Shape("messages", ("talk",)), templates()["chatml"])
+    assert chat.question(asked) == chat.question(talk) == chat.question(talk[:-1]) == asked
+    assert chat.question([{"role": "system", "content": "begin"}]) == "begin"
+    with pytest.raises(DataError, match="no conversations"): Encoder(tok, Shape("text", ("text",))).question(talk)

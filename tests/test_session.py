@@ -226,3 +226,71 @@ def test_generate_takes_texts_messages_and_rows(tiny, chat_file):
     assert run.generate(["turn on light 1", "turn on light 1"], max_new_tokens=4) == [one, one]
     assert run.generate([{"role": "user", "content": "turn on light 1"}], max_new_tokens=4) == one
     with pytest.raises(RunError, match="no run"): Run.open("nowhere")
+
+
+OWN = """from sftkit.training import Trainer
+class Own(Trainer):
+    def preprocess(self, row): return {"messages": [{"role": "user", "content": row["said"]}, {"role": "assistant", "content": row["answered"]}]}
+"""
+
+
+def test_a_run_is_evaluated_and_merged_with_its_own_trainer(tiny, tmp_path, monkeypatch):
+    (tmp_path / "own_trainer.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_jsonl("d.jsonl", [{"said": f"what is {i}", "answered": f"it is {i}"} for i in range(12)])
+    run = Session(tiny, project="run", **FAST, trainer="own_trainer:Own").data("d.jsonl", eval=3).lora(r=2).options(max_steps=1).fit()
+    for one in run, Run.open("run"):
+        assert len(one.evaluate(max_new_tokens=4)["predictions"]) == 3
+    assert Path(Run.open("run").merge("merged").path).exists()
+    del sys.modules["own_trainer"]
+
+
+def test_what_was_just_trained_is_evaluated_with_a_trainer_of_the_notebook(tiny, chat_file):
+    from sftkit.training import Trainer
+    class Own(Trainer):
+        def preprocess(self, row): return {"messages": row["messages"][-2:]}
+    run = Session(tiny, project="run", **FAST).data(chat_file, eval=3).trainer(Own).options(max_steps=1).fit()
+    assert len(run.evaluate(max_new_tokens=4)["predictions"]) == 3
+
+
+def test_what_eval_names_does_not_depend_on_the_folder(tiny, tmp_path):
+    named = lambda eval: {k: v for k, v in Session("m", project="p").data("d", eval=eval)._fields.items() if k.startswith("valid")}
+    split = {name: named(name) for name in ("test", "missing.tsv", "held.NDJSON", "held.csv.gz", "./test", "held-out", "org/name")}
+    (tmp_path / "test").mkdir()
+    write_jsonl(tmp_path / "test" / "a.jsonl", CHAT[:3]); write_jsonl(tmp_path / "held-out", CHAT)
+    assert split == {name: named(name) for name in split} and split["test"] == {"valid_split": "test"} and split["held-out"] == {"valid_split": "held-out"}
+    for name in ("missing.tsv", "held.NDJSON", "held.csv.gz", "./test", "org/name"): assert split[name] == {"valid_path": name}
+    assert named(Path("test")) == {"valid_path": "test"} and named(0.1) == {"valid_split": 0.1}
+    (tmp_path / "d").mkdir()
+    for part in ("train", "test"): write_jsonl(tmp_path / "d" / f"{part}.jsonl", CHAT[:8])
+    assert len(Session(tiny, project="p", **FAST).data("d", eval="test")._work.data.valid_rows) == 8
+    assert len(Session(tiny, project="p", **FAST).data("d", eval="./test")._work.data.valid_rows) == 3
+    with pytest.raises(DataError, match="no split `test`.*type `./test`"): Session(tiny, project="p", **FAST).data("d/train.jsonl", eval="test")._work.data
+
+
+def test_a_run_without_steps_has_a_history_and_a_place_in_a_comparison(tiny, chat_file):
+    from sftkit.events import EventLog, RunDirectory
+    run = Session(tiny, project="a", **FAST).data(chat_file).options(max_steps=1).fit()
+    Path("b").mkdir()
+    Path("b/recipe.yaml").write_text(Path("a/recipe.yaml").read_text())
+    EventLog(RunDirectory("b").events_path).append("state", state="starting", step=0)
+    empty = Run.open("b").history
+    assert len(empty) == 0 and list(empty) == list(run.history)
+    both = compare(run, "b")
+    assert len(both.plot().data) == 2 and len(both.results) == 2
+
+
+def test_encode_and_preview_of_a_row_that_becomes_several(tiny, chat_file):
+    plan = Session(tiny, project="p", **FAST).data(chat_file).map(lambda row: [row, {"messages": row["messages"][:1] + [{"role": "assistant", "content": "once more"}]}])
+    with pytest.raises(DataError, match="becomes 2 rows.*preview"): plan.encode(CHAT[0])
+    text = plan.preview(rows=CHAT[:1]).text
+    assert "light 0" in text and "once more" in text
+    with pytest.raises(DataError, match="leaves this row out"): Session(tiny, project="q", **FAST).data(chat_file).map(lambda row: None if row == CHAT[0] else row).encode(CHAT[0])
+
+
+def test_eval_names_a_split_of_data_in_memory_too(tiny):
+    both = {"train": CHAT[:8], "validation": CHAT[8:11]}
+    data = Session(tiny, project="p", **FAST).data(both, eval="valid")._work.data
+    assert len(data.train_rows) == 8 and [r.value for r in data.valid_rows] == CHAT[8:11]
+    Path("test").mkdir()
+    with pytest.raises(DataError, match="no split `test`. Splits: train.*type `./test`"): Session(tiny, project="p").data(CHAT, eval="test")

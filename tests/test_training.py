@@ -466,3 +466,66 @@ def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accum
                              *plan_for(tiny, chat_file, tiny).recipe.to_args()], capture_output=True, text=True, timeout=120,
                             env={**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""})
     assert failed.returncode != 0 and "holds other files" in failed.stderr
+
+
+CALLS = """{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+SCORED = dict(max_steps=2, batch_size=4, gradient_accumulation=1, eval_steps=1, eval_max_new_tokens=4, use_enhanced_eval=True, eval_metrics="perplexity,exact_match", eval_save_predictions=True)
+
+
+def scored(run): return json.loads("[" + ",".join((run.path / "predictions.jsonl").read_text().splitlines()) + "]")
+def notes(run): return [e["text"] for e in run.events if e["kind"] == "note"]
+
+
+def test_blank_answers_are_listed_and_neither_sampled_nor_scored(tiny):
+    rows = [{"question": f"what is {i}", "answer": "" if i in (0, 2, 5) else f"it is {i}"} for i in range(12)]
+    run = Session(tiny, project="run", chat_template="chatml", **SCORED).data(rows, eval=rows[:6]).fit()
+    assert run.state == "finished" and [s["prompt"] for s in run.events if s["kind"] == "sample" and s["when"] == "before"] == ["what is 1", "what is 3", "what is 4"]
+    assert [p["reference"] for p in scored(run)] == ["it is 1", "it is 3", "it is 4"] and all("exact_match" in e for e in run.events if e["kind"] == "eval")
+    assert sum("validation rows have nothing to train on" in n for n in notes(run)) == 1 and not any("no answer in words" in n for n in notes(run))
+    assert len(run.evaluate(max_new_tokens=4)["predictions"]) == 3
+    unheld = Session(tiny, project="unheld", chat_template="chatml", max_steps=1).data(rows).fit()
+    assert [s["prompt"] for s in unheld.events if s["kind"] == "sample" and s["when"] == "after"] == ["what is 1", "what is 3", "what is 4"]
+
+
+def test_an_answer_that_is_a_tool_call_counts_for_perplexity_alone(tiny):
+    ask = lambda i: {"role": "user", "content": f"light {i}"}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "light", "arguments": {"on": True}}}]}
+    rows = [{"messages": [ask(i), call if i % 2 else {"role": "assistant", "content": f"light {i} is on"}]} for i in range(8)]
+    run = Session(tiny, project="run", chat_template=CALLS, **SCORED).data(rows, eval=rows[:5]).fit()
+    assert run.state == "finished" and [p["reference"] for p in scored(run)] == [f"light {i} is on" for i in (0, 2, 4)]
+    assert [n for n in notes(run) if "no answer in words" in n] == ["2 of 5 validation rows have no answer in words to compare with, or a question that leaves no room for one, and count for loss and perplexity alone: row 2, row 4."]
+    again = Run.open("run").evaluate(max_new_tokens=4)
+    assert len(again["predictions"]) == 3 and again["loss"] == pytest.approx([e for e in run.events if e["kind"] == "scores"][0]["loss"], rel=1e-4)
+    calls = Session(tiny, project="calls", chat_template=CALLS, **SCORED).data(rows, eval=[rows[1], rows[3]]).fit()
+    assert calls.state == "finished" and "perplexity" in [e for e in calls.events if e["kind"] == "scores"][0] and not (calls.path / "predictions.jsonl").exists()
+    assert len([e for e in calls.events if e["kind"] == "sample" and e["when"] == "before"]) == 2
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(tiny_gpt2):
+    "The first answer of a long conversation is trained, the last one lies beyond what the model reads."
+    turns = lambda *texts: {"messages": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]}
+    rows = [turns("hello", "world", "light " * 700, "on"), *(turns(f"light {i}", f"on {i}") for i in range(5))]
+    run = Session(tiny_gpt2, project="run", chat_template="chatml", max_seq_length=512, **SCORED).data(rows, eval=rows[:3]).fit()
+    assert run.state == "finished" and len(scored(run)) == 2 and len([e for e in run.events if e["kind"] == "sample" and e["when"] == "before"]) == 2
+
+
+def test_a_pair_without_a_prompt_is_not_asked(tiny_gpt2, tmp_path):
+    rows = [{"prompt": "" if i < 2 else f"what is {i}", "completion": f" it is {i}"} for i in range(10)]
+    from tiny import save_tiny
+    run = Session(save_tiny(tmp_path / "m", bos=None), project="run", **SCORED).data(rows, eval=rows[:4]).fit()
+    assert run.state == "finished" and [p["reference"] for p in scored(run)] == [" it is 2", " it is 3"]
+
+
+def test_predictions_are_saved_whatever_the_metrics(tiny):
+    run = Session(tiny, project="run", chat_template="chatml", **{**SCORED, "eval_metrics": "perplexity"}).data(CHAT, eval=3).fit()
+    assert len(scored(run)) == 3 and not any("exact_match" in e for e in run.events if e["kind"] == "eval")
+
+
+def test_encode_takes_rows_that_become_one(tiny):
+    data = lambda fn: type("Own", (Trainer,), {"preprocess": lambda self, row: fn(row)})(Session(tiny, project="p", chat_template="chatml").data("chat.jsonl").recipe).data
+    write_jsonl("chat.jsonl", CHAT)
+    assert data(lambda row: row).encode(CHAT[0])["input_ids"]
+    several = data(lambda row: [row, row])
+    with pytest.raises(DataError, match="becomes 2 rows"): several.encode(CHAT[0])
+    one = data(lambda row: None if row == CHAT[0] else row)
+    with pytest.raises(DataError, match="leaves this row out"): one.encode(CHAT[0])
