@@ -1,10 +1,12 @@
 """The panels in a real JupyterLab: they draw, they ask and are answered, and a saved notebook shows their static form to anybody. Models are tiny and random."""
+import json
 import pytest
 import browser
 from tiny import save_tiny
 from browser import lab, notebook, untrusted_copy, write_notebook
 
 if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+pytestmark = pytest.mark.xdist_group("browser")
 
 START = f"""
 import sys; sys.path.insert(0, {str(browser.ROOT/"tests")!r})
@@ -28,15 +30,12 @@ def no_kernels_left(server):
     yield
     server.end_sessions()
 
-@pytest.fixture(scope="module")
-def saved(): return {} # name of the panel -> notebook that holds it
-
 def data_of(nb): return nb.page.locator(".sft-p").evaluate("e => ({...e.dataset})")
 def wait(nb, script, seconds=20): nb.page.wait_for_function(f"() => {{ const p = document.querySelector('.sft-p'); return p && {script}; }}", timeout=seconds * 1000)
 def unharmed(nb): return nb.page.evaluate("() => window.hit") is None and nb.errors == [] and nb.page.locator(".sft-p script, .sft-p img[src=x]").count() == 0
 
 
-def test_preview_pages_and_templates(server, saved):
+def test_preview_pages_and_templates(server):
     write_notebook(server.root/"preview.ipynb", [START + "plan.preview(n=3)"])
     with notebook(server, "preview.ipynb", width=900) as nb:
         nb.run_all(); wait(nb, "p.querySelectorAll('.v-one').length === 3")
@@ -59,14 +58,13 @@ def test_preview_pages_and_templates(server, saved):
         nb.save(); nb.reload()
         wait(nb, "p.querySelectorAll('.v-one').length === 3")
         nb.page.locator("button[title='Further rows']").click(); wait(nb, "p.dataset.start === '3'")
-    saved["preview"] = "preview.ipynb"
 
 CHAT = START + """
 run = plan.lora(r=4).fit("plain", epochs=1, lr=1e-2)
 chat = run.chat(max_new_tokens=30)
 """
 
-def test_chat_with_a_run(server, saved):
+def test_chat_with_a_run(server):
     write_notebook(server.root/"chat.ipynb", [CHAT, "chat", "print(chat.turns[0]['tuned'] == run.generate('<b>light</b> on', 30), len(chat.turns))"])
     with notebook(server, "chat.ipynb", width=900) as nb:
         nb.run_cell(0); nb.run_cell(1); wait(nb, "p.querySelector('textarea')", 60)
@@ -81,8 +79,6 @@ def test_chat_with_a_run(server, saved):
         assert turns.nth(1).locator(".c-answer:visible").count() == 1 and turns.nth(1).locator(".c-you").inner_text() == "you\nand off\nnow"
         nb.run_cell(2); nb.page.wait_for_function("() => document.body.innerText.includes('True 2')", timeout=30_000)
         assert nb.page.evaluate("() => { const p = document.querySelector('.sft-p'); return p.scrollWidth <= p.clientWidth && p.clientWidth < 760; }") and unharmed(nb)
-        nb.save()
-    saved["chat"] = "chat.ipynb"
 
 WORDS = """
 import time
@@ -128,7 +124,7 @@ with open("third/events.jsonl", "a") as f:
         if e["kind"] == "step" and e["step"] > 40 or e.get("state") == "finished": f.write(json.dumps(e) + "\\n")
 """
 
-def test_compare_follows_and_toggles(server, saved):
+def test_compare_follows_and_toggles(server):
     write_notebook(server.root/"compare.ipynb", [RUNS, END])
     with notebook(server, "compare.ipynb", width=900) as nb:
         nb.run_cell(0); wait(nb, "p.dataset.shown === '3' && p.querySelectorAll('.m-chart path').length === 3")
@@ -141,28 +137,45 @@ def test_compare_follows_and_toggles(server, saved):
         nb.run_cell(1); wait(nb, "p.dataset.live === '0' && p.querySelector('.m-table').textContent.includes('✓ finished100')", 20) # the third run went on and ended
         assert int(data_of(nb)["points"]) > before + 30 and "<b>second<" in nb.text(0) and unharmed(nb)
         assert nb.page.evaluate("() => { const p = document.querySelector('.sft-p'); return p.scrollWidth <= p.clientWidth && p.clientWidth < 760; }")
-        nb.page.wait_for_timeout(500); nb.save()
-    saved["compare"] = "compare.ipynb"
 
 
 # --- what is left of them
 
-STATIC = {"preview": ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"], "chat": ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"],
-          "compare": ["3 runs compared", "<b>second<", "0.0003", "Where the recipes differ", "✓ finished\t100"]}
+STATIC = {0: ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"], 2: ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"],
+          3: ["3 runs compared", "<b>second<", "0.0003", "Where the recipes differ", "✓ finished\t100"]}                     # by cell
+
+@pytest.fixture(scope="module")
+def saved(server):
+    "A notebook with a preview, a chat of two turns and a comparison that saw a run end, saved."
+    folder = server.root/"saved"; folder.mkdir(); (folder/"tiny").symlink_to(server.root/"tiny")
+    chat = CHAT.removeprefix(START)
+    write_notebook(folder/"panels.ipynb", [START + "plan.preview(n=3)", chat, "chat", RUNS, END])
+    with notebook(server, "saved/panels.ipynb", width=900) as nb:
+        def within(cell, selector): nb.output(cell).locator(f".sft-p{selector}").first.wait_for(timeout=60_000)
+        for cell in range(4): nb.run_cell(cell)
+        within(0, " .v-one"); within(3, "[data-live='1'][data-shown='3']"); within(2, " textarea")
+        panel = nb.output(2).locator(".sft-p")
+        for i, text in enumerate(("<b>light</b> on", "and off"), 1):
+            panel.locator("textarea").fill(text); panel.locator("textarea").press("Enter")
+            within(2, f"[data-turns='{i}'][data-busy=false]")
+            panel.locator(".c-system input").fill("Be short.")
+        nb.run_cell(4); within(3, "[data-live='0']")
+        nb.page.wait_for_timeout(500); nb.save()
+    return folder/"panels.ipynb"
 
 @pytest.mark.parametrize("trusted", [True, False])
-@pytest.mark.parametrize("name", list(STATIC))
-def test_a_saved_notebook_shows_the_static_form_without_its_kernel(server, saved, name, trusted):
-    if name not in saved: pytest.skip(f"the test that saves {name} did not run")
+def test_a_saved_notebook_shows_the_static_forms_without_its_kernel(server, saved, trusted):
     server.end_sessions()
-    book = saved[name] if trusted else untrusted_copy(server.root/saved[name], server.root/f"downloaded-{name}.ipynb").name
-    text = (server.root/book).read_text()
-    assert "widget-view" not in text and len(text) < 120_000
-    with notebook(server, book) as nb:
-        assert nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets[0].model.trusted") is trusted
+    book = saved if trusted else untrusted_copy(saved, saved.with_name("downloaded.ipynb"))
+    text = book.read_text()
+    assert "widget-view" not in text and all(len(json.dumps(cell)) < 120_000 for cell in json.loads(text)["cells"])
+    with notebook(server, f"saved/{book.name}") as nb:
+        assert nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.filter((w) => w.model.type === 'code').map((w) => w.model.trusted)") == [trusted] * 5
         nb.page.wait_for_timeout(800)
-        shown = nb.page.locator(".jp-Notebook").inner_text()
-        assert all(words in shown for words in STATIC[name]) and "Error displaying widget" not in nb.page.content() and nb.page.locator(".sft-p").count() == 0, shown[:600]
+        for cell, words in STATIC.items():
+            shown = nb.text(cell)
+            assert all(w in shown for w in words), (cell, shown[:600])
+        assert "Error displaying widget" not in nb.page.content() and nb.page.locator(".sft-p").count() == 0
         assert nb.page.evaluate("() => window.hit") is None and nb.errors == []
 
 
