@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.events._jsonable': ('events.html#_jsonable', 'sftkit/events.py'),
                                'sftkit.events._process_started': ('events.html#_process_started', 'sftkit/events.py'),
                                'sftkit.events.flush_folder': ('events.html#flush_folder', 'sftkit/events.py'),
+                               'sftkit.events.made_up_run': ('events.html#made_up_run', 'sftkit/events.py'),
                                'sftkit.events.process': ('events.html#process', 'sftkit/events.py'),
                                'sftkit.events.process_gone': ('events.html#process_gone', 'sftkit/events.py'),
                                'sftkit.events.read_events': ('events.html#read_events', 'sftkit/events.py'),
