@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'Merged', 'merge', 'result_files', 'portable', 'code_span', 'results', 'usage_example', 'model_card',
-           'save', 'without_paths', 'UploadError', 'insist', 'open_repository', 'upload']
+           'save', 'without_paths', 'UploadError', 'retry', 'open_repository', 'upload']
 
 # %% ../nbs/08_export.ipynb #8bf5e05b
 import contextlib, json, math, os, re, shutil, tempfile, time
@@ -96,10 +96,16 @@ def result_files(
     "The model, or adapter, and the tokenizer of a run; of its last checkpoint, if it isn't finished. Raises `RunError` if it has none, or trains now."
     if run.is_running(): raise RunError(f"The run in `{run.path}` is training right now. Wait for its end with Run.open(\"{run.path}\").wait(), or stop it first.")
     results, checkpoints = [e for e in run.events() if e["kind"] == "result"], run.checkpoints()
-    if results: return {name: run.path/name for name in results[-1]["files"]}
+    if results: return {name: _file_of(run.path, name) for name in results[-1]["files"]}
     if not checkpoints: raise RunError(f"`{run.path}` holds no result yet. Train it first, or resume it.")
     state = ("trainer_state.json", "latest", "zero_to_fp32.py")
-    return {p.name: p for p in sorted(checkpoints[-1][1].iterdir()) if p.is_file() and p.name not in state and p.suffix not in (".pt", ".pth", ".bin", ".distcp")}
+    return {p.name: _file_of(p.parent, p.name) for p in sorted(checkpoints[-1][1].iterdir()) if p.is_file() and p.name not in state and p.suffix not in (".pt", ".pth", ".bin", ".distcp")}
+
+def _file_of(folder, name):
+    bare = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
+    if bare and (folder/name).is_file() and (folder/name).resolve().parent == folder.resolve(): return folder/name
+    raise RunError(f"`{folder}` names {name!r} as a file of the result, and there is no such file in that very folder. A result's files lie in its run directory, none of them behind a link that leads elsewhere. "
+                   "Put the file there, or train again; if the folder came from somebody else, do not trust it.")
 
 # %% ../nbs/08_export.ipynb #a06d94be
 _PLACES = ("model", "data_path", "valid_path", "teacher_model", "continue_from", "project_name", "chat_template")
@@ -260,25 +266,31 @@ def _reason(error, token):
     if token: text = text.replace(token, "•••")
     return (f"{status}: " if (status := _status(error)) else "") + re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
 
-def insist(
+def _may_pass(error):
+    "Whether another attempt may go well: no connection, no answer in time, too many requests, or trouble of the server's. An answer of the server counts before all else; huggingface_hub wraps errors in others."
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    if (status := _status(error)) is not None: return status >= 500 or status in (408, 429)
+    if error is None or isinstance(error, OfflineModeIsEnabled): return False
+    return isinstance(error, (ConnectionError, TimeoutError, HTTPError)) or _may_pass(error.__cause__)
+
+def retry(
     call, # a function without arguments
     waits:tuple=(1, 5, 20, 60), # seconds before each further attempt
 ): # what it returned
-    "Call, and again where what failed may pass: a broken connection, a server's error, too many requests. Other errors are raised at once."
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-    for wait in (*waits, None):
+    "Call, and again where what failed may pass. Other errors are raised at once."
+    for wait in waits:
         try: return call()
         except Exception as e:
-            final = isinstance(e, (LocalTokenNotFoundError, OfflineModeIsEnabled)) or type(e) is ValueError or (_status(e) or 500) < 500 and _status(e) not in (408, 429)
-            if final or wait is None: raise
+            if not _may_pass(e): raise
         time.sleep(wait)
+    return call()
 
 # %% ../nbs/08_export.ipynb #1f6c8d74
 def open_repository(
     repo:str, # org/name, or name for the account of the token
     token:str|None=None, # by default HF_TOKEN, or that of `hf auth login`
     private:bool=True, # if the repository is made now
-    waits:tuple=(1, 5), # as for `insist`
+    waits:tuple=(1, 5), # as for `retry`
 )->str: # org/name
     "Make sure that we may write to a repository of the hub; make it if it isn't there. Raises `UploadError` that says what is missing."
     from huggingface_hub import HfApi, get_token
@@ -286,11 +298,11 @@ def open_repository(
     api, token = HfApi(token=token), token or get_token()
     get_one = "Make one with write access at https://huggingface.co/settings/tokens, then type `hf auth login`, or set HF_TOKEN, or give it as `token`."
     try:
-        who = insist(api.whoami, waits)
+        who = retry(api.whoami, waits)
         if who.get("auth", {}).get("accessToken", {}).get("role") == "read": raise UploadError(f"The token of `{who['name']}` may read only, so `{repo}` can't be uploaded to. {get_one}")
         repo = repo if "/" in repo else f"{who['name']}/{repo}"
-        insist(lambda: api.create_repo(repo, private=private, exist_ok=True), waits)
-        insist(lambda: _check_write(api, repo), waits)
+        retry(lambda: api.create_repo(repo, private=private, exist_ok=True), waits)
+        retry(lambda: _check_write(api, repo), waits)
     except LocalTokenNotFoundError: raise UploadError(f"Uploading to `{repo}` needs a token of the hub, and none is there. {get_one}") from None
     except OfflineModeIsEnabled: raise UploadError(f"Nothing can be uploaded to `{repo}` while HF_HUB_OFFLINE is set. Unset it, or leave `push_to_hub` out and call run.push() later.") from None
     except HfHubHTTPError as e:
@@ -312,15 +324,16 @@ def upload(
     repo:str, # org/name
     token:str|None=None,
     private:bool=True, # if the repository is made now
-    waits:tuple=(1, 5, 20, 60), # as for `insist`
+    waits:tuple=(1, 5, 20, 60), # as for `retry`
 )->str: # its address
     "Upload a result in one commit. Raises `UploadError` if it fails in the end."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HTTPError
     repo, api = open_repository(repo, token, private, waits), HfApi(token=token)
     given = lambda content: content if isinstance(content, Path) else content.encode()
     def commit():
         there = [name for name in api.list_repo_files(repo) if name not in contents and re.fullmatch(r"(adapter_config|config)\.json|[^/]*\.safetensors(\.index\.json)?", name)]
         api.create_commit(repo, [*(CommitOperationDelete(name) for name in there), *(CommitOperationAdd(name, given(content)) for name, content in contents.items())], commit_message="Upload with sftkit")
-    try: insist(commit, waits)
-    except Exception as e: raise UploadError(f"The upload to `{repo}` failed ({_reason(e, token or get_token())}).") from e
+    try: retry(commit, waits)                         # of the errors below, huggingface_hub raises the last two for what its servers refuse
+    except (OSError, HTTPError, RuntimeError, ValueError) as e: raise UploadError(f"The upload to `{repo}` failed ({_reason(e, token or get_token())}).") from e
     return f"{api.endpoint}/{repo}"

@@ -67,19 +67,19 @@ def start_worker(
     path = run.path.absolute()
     r = r.replace(resume=None)                                    # settled when the directory was claimed
     if not run.exists(): write_atomic(run.recipe_path, r.to_yaml())
-    with open(run.log_path, "ab") as output:
+    step = max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
+    with open(run.log_path, "ab") as output, contextlib.closing(EventLog(run.events_path)) as log:           # opened before there is a worker whose line it could take for an unfinished one
         env = {**os.environ, "SFTKIT_CLAIMED": str(path), "SFTKIT_LOG_FROM": str(output.tell()), "SFTKIT_RENDERER": "plain", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
                "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), **({"HF_TOKEN": r.token} if r.token else {})}      # what can be imported here can be there
         worker = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", *r.to_args(), "--traceback"], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        with contextlib.closing(EventLog(run.events_path)) as log:
-            log.append("state", state="starting", step=max((e["step"] for e in run.events() if e["kind"] == "step"), default=0), **process(worker.pid), log_from=output.tell())
-    reaper = threading.Thread(target=_bury, args=(worker, RunDirectory(path)), name=f"sftkit-worker-{path.name}", daemon=True)
+        log.append("state", state="starting", step=step, **process(worker.pid), log_from=output.tell())
+    reaper = threading.Thread(target=_record_exit, args=(worker, RunDirectory(path)), name=f"sftkit-worker-{path.name}", daemon=True)
     reaper.start()
     return reaper
 
-def _bury(worker, run):
+def _record_exit(worker, run):
     "Wait for the worker, and record how it ended if it could not do so itself."
     code, last = worker.wait(), run.status()
     if last.get("state") != "died": return
     how = f"killed by {signal.Signals(-code).name}" + (", from outside or by the system because memory ran out" if code == -signal.SIGKILL else "") if code < 0 else f"it ended with exit code {code}"
-    with contextlib.closing(EventLog(run.events_path)) as log: log.append("state", **{k: v for k, v in last.items() if k not in ("t", "kind", "error")}, exit_code=code, error=run.obituary(last, how))
+    with contextlib.closing(EventLog(run.events_path)) as log: log.append("state", **{k: v for k, v in last.items() if k not in ("t", "kind", "error")}, exit_code=code, error=run.death_report(last, how))

@@ -8,7 +8,7 @@ __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError
            'local_name', 'hub_name', 'check_hub_name', 'conflicts', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import dataclasses, difflib, math, os, re, types, typing
+import dataclasses, difflib, math, os, re, types, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,10 +56,12 @@ def write_atomic(
     "Write `text` beside `path`, flush, and rename: a reader sees the old file or the new one, never a half."
     path = Path(path)
     if not path.parent.is_dir(): raise RunError(f"There is no folder `{path.parent}` to write `{path.name}` into. Make it first, or give another path.")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as f:
-        f.write(text); f.flush(); os.fsync(f.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(aside, "x", encoding="utf-8") as f:
+            f.write(text); f.flush(); os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally: aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_recipe.ipynb #f1ab356f
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit")

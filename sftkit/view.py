@@ -11,6 +11,7 @@ __all__ = ['visible', 'clip', 'html_escape', 'human_bytes', 'human_seconds', 'hu
 
 # %% ../nbs/09_view.ipynb #ee77e2c9
 import base64, html, json, math, re, unicodedata
+from .events import RUNNING, undone
 from .recipe import local_name
 
 # %% ../nbs/09_view.ipynb #8a176eb8
@@ -88,7 +89,7 @@ def _number(x): return float(x) if isinstance(x, (int, float)) and not isinstanc
 # %% ../nbs/09_view.ipynb #292774a7
 class Progress:
     "What the events seen so far amount to."
-    running = ("starting", "training")
+    counting = ("starting", "training") # states whose time counts: while a run waits, the clock does
 
     def __init__(self,
         events=(), # events in the order they were written
@@ -107,7 +108,7 @@ class Progress:
             fresh_start = event.get("kind") == "state" and event.get("state") == "starting"
             t = event.get("t")
             if t is not None:
-                if self._last_t is not None and self.state in self.running and not fresh_start: self.elapsed += max(t - self._last_t, 0.0)
+                if self._last_t is not None and self.state in self.counting and not fresh_start: self.elapsed += max(t - self._last_t, 0.0)
                 self._last_t = t
             if take: take(event)
         return self
@@ -118,10 +119,9 @@ class Progress:
     def _mark(self, kind, step, label=""): self.marks.append({"step": step, "kind": kind, "label": label or kind})
 
     def _roll_back(self, step): # forget what came after `step`
-        while self.steps and self.steps[-1]["step"] > step: self.trained_tokens -= self.steps.pop().get("tokens") or 0
-        for name in ("evals", "memories"): setattr(self, name, [e for e in getattr(self, name) if (e.get("step") or 0) <= step])
-        self.samples = [s for s in self.samples if not isinstance(s.get("when"), int) or s["when"] <= step]
-        self.marks = [m for m in self.marks if m["kind"] not in ("checkpoint", "not finite") or m["step"] <= step]
+        self.trained_tokens -= sum(e.get("tokens") or 0 for e in self.steps if undone(e, step))
+        for name in ("steps", "evals", "memories", "samples"): setattr(self, name, [e for e in getattr(self, name) if not undone(e, step)])
+        self.marks = [m for m in self.marks if not undone({**m, "kind": "step"} if m["kind"] == "not finite" else m, step)]
 
     def _take_plan(self, event): self.plan = {**self.plan, **{k: v for k, v in event.items() if v is not None}}
 
@@ -175,7 +175,7 @@ class Progress:
         recent = [e for e in self.steps[-50:] if e.get("seconds")]
         seconds = sum(e["seconds"] for e in recent)
         total = self.plan.get("total_steps")
-        left = max(total - self.step, 0) * seconds / len(recent) if total and recent and self.state in (*self.running, "paused", "") else None
+        left = max(total - self.step, 0) * seconds / len(recent) if total and recent and self.state in (*RUNNING, "") else None
         return dict(state=self.state, error=self.error, model=local_name(self.plan.get("model")), rows=self.plan.get("rows"), step=self.step, total_steps=total,
             epoch=self.steps[-1].get("epoch") if self.steps else None, epochs=self.plan.get("epochs"), device=self.plan.get("device"), dtype=self.plan.get("dtype"),
             first_loss=known(self.steps), loss=known(reversed(self.steps)), smooth_loss=self._smooth_loss(),
@@ -338,7 +338,7 @@ def _svg_curves(curves, fx, fy, dense):
     out.append(_tag("path", d=_path(x, loss, fx, fy), fill="none", stroke=_EVAL, stroke_width=1.4, stroke_dasharray="3 3"))
     return "".join(out + [_svg_ring(fx(a), fy(b)) for a, b in zip(x, loss) if math.isfinite(b)])
 
-def _svg_end_labels(curves, fx, fy, right, dense): # the last values, written where the lines end
+def _svg_end_labels(curves, fy, right, dense): # the last values, written where the lines end
     ends = []
     for name, ink in (("smooth_loss" if dense else "loss", _TRAIN), ("eval_loss", _EVAL)):
         last = next((b for b in reversed(curves[name][1]) if math.isfinite(b)), None)
@@ -368,7 +368,7 @@ def curve_svg(
     fx = lambda v: left + (v - first) / (last - first) * (right - left)
     fy = lambda v: bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - top)
     body = [_svg_axes(box, fx, fy, nice_ticks(first, last, max(2, width // 110), whole=True), nice_ticks(low, high, max(2, height // 55))),
-            _svg_marks(marks, box, fx), _svg_curves(curves, fx, fy, dense), _svg_end_labels(curves, fx, fy, right, dense)]
+            _svg_marks(marks, box, fx), _svg_curves(curves, fx, fy, dense), _svg_end_labels(curves, fy, right, dense)]
     body.append(_svg_legend(left + 14, 12, bool(curves["eval_loss"][0]), dense) if x else _svg_text((left + right) / 2, (top + bottom) / 2, "no steps yet", "middle", size=13))
     if cut:
         highest, at = max((v, a) for a, v in zip(x, loss) if math.isfinite(v))
@@ -506,7 +506,7 @@ def _headline(f): # [(label, value)]: the figures worth large type
     if f["step"]: tiles.append(("loss", _arrow(f["first_loss"], f["smooth_loss"])))
     if f["perplexity"] is not None: tiles.append(("perplexity on eval", _arrow(f["first_perplexity"], f["perplexity"])))
     tiles.append(("time", human_seconds(f["elapsed"])))
-    if f["left"] is not None and f["state"] in Progress.running: tiles.append(("time left", human_seconds(f["left"])))
+    if f["left"] is not None and f["state"] in Progress.counting: tiles.append(("time left", human_seconds(f["left"])))
     if f["tokens_per_second"]: tiles.append(("tokens/s", human_number(round(f["tokens_per_second"]))))
     if f["peak_bytes"]: tiles.append(("memory peak", human_bytes(f["peak_bytes"])))
     return tiles
@@ -553,7 +553,7 @@ def run_html(
     p = _as_progress(events)
     f = p.facts()
     parts = [_heading(title, f["state"], f["model"] or ""), _tag("div", "".join(_tile(*t) for t in _headline(f)))]
-    if p.steps or p.state in p.running:
+    if p.steps or p.state in RUNNING:
         alt = f"loss {_arrow(f['first_loss'], f['smooth_loss'])} in {f['step']:,} steps"
         picture = "width:100%;max-width:700px;height:auto;display:block"
         parts.append(_tag("div", svg_image(curve_svg(series(p, max_points), few_marks(p.marks, 200)), alt, picture)))

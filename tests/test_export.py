@@ -1,4 +1,5 @@
 """Taking a result away: the card, `save`, `push`, `push_to_hub`, against a stand-in of the hub."""
+import importlib
 import json
 import os
 import re
@@ -326,3 +327,69 @@ def test_acceptance_31_no_token_in_any_file_event_log_or_repr(tiny, hub, monkeyp
     for files in hub.repos.values():
         for data in files["files"].values(): assert TOKEN.encode() not in data
     assert plan.recipe.replace(lr=1e-4).token == TOKEN                # it is kept where it is used
+
+
+# -- a run directory that somebody else wrote ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "sub/model.safetensors", "..", ".", "", "sub/../adapter.bin", "link.bin", "gone.bin", "a\0b", 7])
+def test_a_result_is_only_what_lies_in_the_run_directory(tmp_path, name):
+    folder = tmp_path/"run"
+    (folder/"sub").mkdir(parents=True)
+    for file in ("adapter.bin", "sub/model.safetensors", "../secret.txt"): (folder/file).write_text("private")
+    (folder/"link.bin").symlink_to("../secret.txt")
+    tell = lambda *files: (folder/"events.jsonl").write_text(json.dumps({"t": 1, "kind": "result", "step": 1, "files": list(files)}) + "\n")
+    from sftkit.events import RunDirectory
+    tell("adapter.bin")
+    assert result_files(RunDirectory(folder)) == {"adapter.bin": folder/"adapter.bin"}
+    tell("adapter.bin", name)
+    with pytest.raises(RunError, match="as a file of the result") as told: result_files(RunDirectory(folder))
+    assert str(folder) in str(told.value) and repr(name)[1:-1] in str(told.value)
+
+
+def test_a_checkpoint_gives_only_its_own_files(tmp_path):
+    from sftkit.events import RunDirectory
+    folder = tmp_path/"elsewhere"/"checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder/"config.json").write_text("{}"); (tmp_path/"secret.txt").write_text("private")
+    (tmp_path/"run").mkdir(); (tmp_path/"run"/"checkpoint-3").symlink_to(folder)           # a bigger disk: the folder's own choice
+    assert list(result_files(RunDirectory(tmp_path/"run"))) == ["config.json"]
+    (folder/"notes.txt").symlink_to("../../secret.txt")
+    with pytest.raises(RunError, match="notes.txt"): result_files(RunDirectory(tmp_path/"run"))
+
+
+# -- what may pass ---------------------------------------------------------------------------------------------------------------
+
+def test_only_what_may_pass_is_tried_again(monkeypatch):
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError
+    from sftkit.export import retry
+    http = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])          # httpx, or what the installed huggingface_hub has in its place
+    status = lambda code: HfHubHTTPError("said no", response=http.Response(code, request=http.Request("GET", "http://hub")))
+    def caused(error, cause):
+        error.__cause__ = cause
+        return error
+    passing = [ConnectionError("reset"), TimeoutError(), http.ConnectError("no route"), http.ReadTimeout("slow"), http.RemoteProtocolError("cut off"), *map(status, (500, 503, 408, 429)),
+               caused(RuntimeError("Error while uploading"), status(502)), caused(RuntimeError("Error while uploading"), http.ConnectError("no route"))]
+    lasting = [TypeError("a bug"), KeyError("a bug"), RuntimeError("a bug"), AttributeError("a bug"), ValueError("no"), FileNotFoundError("gone"), OSError(28, "disk full"), LocalTokenNotFoundError(), OfflineModeIsEnabled("offline"),
+               *map(status, (400, 401, 403, 404, 409)), caused(RuntimeError("Error while uploading"), status(403)), caused(RuntimeError("Error while uploading"), TypeError("a bug"))]
+    for error, tries in [*((e, 3) for e in passing), *((e, 1) for e in lasting)]:
+        calls = []
+        def fail():
+            calls.append(1)
+            raise error
+        with pytest.raises(type(error)): retry(fail, waits=(0, 0))
+        assert len(calls) == tries, repr(error)
+
+
+def test_an_upload_calls_a_bug_a_bug(hub, monkeypatch):
+    from sftkit.export import upload
+    def broken(*args, **more): raise TypeError("a bug of ours")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", broken)
+    with pytest.raises(TypeError, match="a bug of ours"): upload({"README.md": "x"}, "ada/lamps", TOKEN)
+
+
+@pytest.mark.parametrize("error", [ValueError("LFS batch API returned errors:\nno space"), RuntimeError("Error while uploading 'a' to the Hub."), ConnectionError("reset"), FileNotFoundError("a")])
+def test_an_upload_that_fails_says_so(hub, monkeypatch, error):
+    from sftkit.export import upload
+    def broken(*args, **more): raise error
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", broken)
+    with pytest.raises(UploadError, match="The upload to `ada/lamps` failed"): upload({"README.md": "x"}, "ada/lamps", TOKEN)
