@@ -14,13 +14,6 @@ const NS = "http://www.w3.org/2000/svg";
 const draw1 = (tag, parent, at, text) => { const e = document.createElementNS(NS, tag); for (const [k, v] of Object.entries(at)) e.setAttribute(k, v); if (text !== undefined) e.textContent = text; parent.append(e); return e; };
 const AXES = [["optimizer step", 0, "step"], ["trained tokens", 1, "trained tokens"], ["seconds of training", 2, "seconds"]];
 
-function roundTicks(low, high, n, whole) {
-  const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw)), out = [];
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
-  return out;
-}
 const brief = (v) => v >= 1e6 ? `${+(v / 1e6).toPrecision(3)} M` : v >= 1e4 ? `${+(v / 1e3).toPrecision(3)} k` : v.toLocaleString("en");
 
 function startCompare(model, redraw) {
@@ -76,8 +69,8 @@ function mountCompare(model, root, store) {
     low = low >= 0 ? Math.max(low - pad, 0) : low - pad; high += pad;
     const fx = (v) => left + v / last * (right - left), fy = (v) => bottom - (v - low) / (high - low) * (bottom - topY);
     const rule = (x1, y1, x2, y2, o) => draw1("line", chart, { x1, y1, x2, y2, stroke: "currentColor", "stroke-opacity": o });
-    for (const v of roundTicks(low, high, 5)) { rule(left, fy(v), right, fy(v), 0.13); label(String(v), left - 8, fy(v) + 4, "end"); }
-    for (const v of roundTicks(0, last, Math.max(2, Math.round(width / 120)), k < 2)) { rule(fx(v), bottom, fx(v), bottom + 4, 0.4); label(brief(v), fx(v), bottom + 17, "middle"); }
+    for (const v of ticks(low, high, 5)) { rule(left, fy(v), right, fy(v), 0.13); label(String(v), left - 8, fy(v) + 4, "end"); }
+    for (const v of ticks(0, last, Math.max(2, Math.round(width / 120)), k < 2)) { rule(fx(v), bottom, fx(v), bottom + 4, 0.4); label(brief(v), fx(v), bottom + 17, "middle"); }
     rule(left, bottom, right, bottom, 0.4); label(axis[0], right, bottom + 33, "end"); label("loss (nats per token)", 2, 11, "start");
     const ends = [], words = [];
     for (const [run, c, i] of shown()) {

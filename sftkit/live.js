@@ -2,7 +2,7 @@
 // A page receives the whole (thinned-out) history once, then messages that only append. Words and figures come ready-made from Python
 // (sftkit.view), so that the live and the saved picture agree; this file draws. Text from data only ever enters through textContent.
 
-const TRAIN = "#3b7dd8", EVAL = "#d9780a", ALARM = "#d5483c", FEW = 12;
+const TRAIN = BLUE, EVAL = ORANGE, ALARM = RED, FEW = 12;
 const COMMANDS = {
   stop: ["■ Stop and save", "Finish this step, write a checkpoint, return"],
   checkpoint: ["◆ Checkpoint", "Write a checkpoint after this step and go on"],
@@ -41,23 +41,7 @@ const CSS = `
 .sft-samples dt{opacity:.7} .sft-samples dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto}
 `;
 
-const node = (tag, cls, parent, text) => {
-  const e = document.createElement(tag);
-  if (cls) e.className = cls;
-  if (text !== undefined) e.textContent = text;
-  if (parent) parent.append(e);
-  return e;
-};
 const figure = (v) => v == null ? "–" : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
-
-function ticks(low, high, n, whole) {
-  const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw));
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
-  const out = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
-  return out;
-}
 
 // Bias-corrected exponential moving average; `span` in steps, so that a thinned-out history is smoothed like a full one.
 function smooth(points, span) {
@@ -202,7 +186,7 @@ function drawPanel(canvas, words, run, [label, column, color]) {
 }
 
 function mount(model, el, run) {
-  node("style", "", el, CSS + `.sft-static[data-run="${CSS_ID(model.get("run_id"))}"]{display:none}`);
+  node("style", "", el, CSS + `.sft-static[data-run="${inSelector(model.get("run_id"))}"]{display:none}`);
   const root = node("div", "sft-live", el), head = node("div", "sft-head", root);
   node("b", "", head, model.get("title"));
   const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head);
@@ -282,7 +266,6 @@ function mount(model, el, run) {
   draw();
   return { draw, close() { resized.disconnect(); themed.disconnect(); cancelAnimationFrame(frame); } };
 }
-const CSS_ID = (id) => String(id).replace(/[^\w-]/g, "");
 
 export default () => { // one store for all views of this run; `model` is another proxy in each call, so nothing hangs on it
   const run = { points: [], evals: [], marks: [], samples: [], facts: {}, seq: -1, pressed: {}, refused: "", draws: 0 };

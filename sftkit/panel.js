@@ -1,4 +1,4 @@
-// What preview.js, chat.js and compare.js share; Python puts this file before theirs. A panel is drawn into the page's place for it, <div class="sft-panel" data-run="ID">, which a saved notebook
+// What the scripts of all widgets share; Python puts this file before theirs. live.js takes the small things; preview.js, chat.js and compare.js are panels. A panel is drawn into the page's place for it, <div class="sft-panel" data-run="ID">, which a saved notebook
 // keeps as an empty element, and hides the static form beside it, <div class="sft-static" data-run="ID">. No widget output is needed for that: the model alone comes to the page, looks for its
 // place, and finds it again after a reload. Where no kernel answers, the static form is what is seen. Text from data only ever enters through textContent.
 
@@ -27,32 +27,48 @@ const node = (tag, cls, parent, text) => {
 };
 const button = (parent, text, title, act) => { const b = node("button", "", parent, text); b.type = "button"; b.title = title; b.onclick = act; return b; };
 const count = (n) => Number(n).toLocaleString("en");
+const inSelector = (id) => String(id).replace(/[^\w-]/g, "");
+
+function ticks(low, high, n, whole) { // about `n` round numbers in the range, as sftkit.view.nice_ticks
+  const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw)), out = [];
+  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  if (whole) step = Math.max(1, Math.round(step));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
+  return out;
+}
 
 // `start(model, redraw)` makes what all views of a model share; `mount(model, root, store)` draws one and returns {draw, close}.
 const panel = ({ css, start, mount }) => () => {
   let store;
-  const views = new Set(), places = new Map();
+  const views = new Set(), places = new Map(), away = new Set(); // what is drawn; element in the page -> its panel; panels whose element is in the page no more, held weakly
   const redraw = () => views.forEach((v) => v.draw());
   function open(model, el) {
-    node("style", "", el, BASE_CSS + css + `.sft-static[data-run="${model.get("run_id").replace(/[^\w-]/g, "")}"]{display:none}`);
+    node("style", "", el, BASE_CSS + css + `.sft-static[data-run="${inSelector(model.get("run_id"))}"]{display:none}`);
     const root = node("div", "sft-p", el);
     const view = mount(model, root, store);
-    views.add(view); view.draw();
-    return () => { views.delete(view); view.close?.(); el.replaceChildren(); };
+    const wake = () => { views.add(view); view.draw(); };
+    wake();
+    return { wake, sleep() { views.delete(view); }, end() { views.delete(view); view.close?.(); el.replaceChildren(); delete el.sftPanel; } };
+  }
+  function place(model) { // The element carries its panel, so that both are freed together when the notebook has forgotten the element, and what was typed is there when it puts the element back.
+    for (const [el, p] of places) if (!el.isConnected) { places.delete(el); p.sleep(); el.sftPanel = p; away.add(p.away = new WeakRef(p)); }
+    for (const ref of away) if (!ref.deref()) away.delete(ref);
+    for (const el of document.querySelectorAll(`.sft-panel[data-run="${inSelector(model.get("run_id"))}"]`)) {
+      if (places.has(el)) continue;
+      const p = el.sftPanel;
+      if (p) { away.delete(p.away); delete el.sftPanel; p.wake(); }
+      places.set(el, p || open(model, el));
+    }
   }
   return {
     initialize({ model }) {
       store = start(model, redraw);
       let soon = 0;
-      const place = () => {
-        soon = 0;
-        for (const el of document.querySelectorAll(`.sft-panel[data-run="${model.get("run_id").replace(/[^\w-]/g, "")}"]`)) if (!places.has(el)) places.set(el, open(model, el));
-      };
-      const seen = new MutationObserver(() => { soon ||= setTimeout(place, 60); });
+      const seen = new MutationObserver(() => { soon ||= setTimeout(() => { soon = 0; place(model); }, 60); });
       seen.observe(document.body, { childList: true, subtree: true });
-      place();
-      return () => { seen.disconnect(); clearTimeout(soon); places.forEach((end) => end()); };
+      place(model);
+      return () => { seen.disconnect(); clearTimeout(soon); places.forEach((p) => p.end()); away.forEach((ref) => ref.deref()?.end()); };
     },
-    render({ model, el }) { return open(model, el); },
+    render({ model, el }) { return open(model, el).end; },
   };
 };

@@ -32,7 +32,6 @@ function startPreview(model, redraw) {
   };
   store.jump = (want) => model.send({ type: "rows", ...want });
   model.on("msg:custom", (m) => {
-    if (m.error !== undefined) { store.said = m.error; redraw(); return; }
     keep(m);
     clearTimeout(store.asked.get(pageKey(m))); store.asked.delete(pageKey(m)); store.said = "";
     if (m.row !== undefined) store.jumped = m;

@@ -37,6 +37,46 @@ def choose_renderer(
     if "google.colab" in sys.modules or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or os.environ.get("DATABRICKS_RUNTIME_VERSION"): return "html"
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
+# %% ../nbs/10_widgets.ipynb #5fa3c9d8
+def _script(name): # panel.js, then the file that draws
+    folder = importlib.resources.files("sftkit")
+    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("panel", name))
+
+class _View(anywidget.AnyWidget):
+    "A widget whose page gets the whole when it asks, from `_whole`, and afterwards only what is new."
+    run_id = traitlets.Unicode().tag(sync=True) # the place in the page, and the static form that is hidden
+    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
+
+    def __init__(self,
+        **traits, # of the widget
+    ):
+        self._busy = threading.RLock()
+        super().__init__(run_id=uuid.uuid4().hex[:12], **traits)
+        _listen_while_busy(self)
+        self.on_msg(self._asked)
+
+    def _asked(self, widget, content, buffers): "A message from the page: what it holds is checked before use."
+    def _whole(self): return {}
+
+    def get_state(self, key=None, drop_defaults=False):
+        with self._busy:
+            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
+            state = super().get_state(key, drop_defaults)
+            self._trait_values["history"] = {}
+        return state
+
+    def bundle(self)->tuple: # (MIME bundle, its metadata)
+        "The widget as an output."
+        bundle = super()._repr_mimebundle_()
+        return bundle if isinstance(bundle, tuple) else (bundle, {})
+
+    def close(self):
+        "Close the widget and the layout model that comes with it; the page shows the static form again."
+        layout = self.layout
+        super().close()
+        if layout is not None: layout.close()
+
+
 # %% ../nbs/10_widgets.ipynb #932c9f32
 def clicks_arrive(
     blocking:bool=True, # the cell that shows the view stays busy while training
@@ -50,7 +90,7 @@ def clicks_arrive(
 def _listen_while_busy(widget): # ipykernel 7.4.0 routes a click to the shell that last published on the comm, which is the busy one
     if hasattr(widget.comm, "_reply_subshell_for"): widget.comm._reply_subshell_for = lambda data, default: default
 
-def _finite(x): return x if _number(x) == _number(x) and abs(_number(x)) != float("inf") else None
+def _finite(x): return x if math.isfinite(_number(x)) else None
 
 def _point(event): # [step, loss, lr, gradient norm, tokens per second]
     rate = (event.get("seq_tokens") or event.get("tokens") or 0) / event["seconds"] if event.get("seconds") else None
@@ -90,13 +130,11 @@ def _live_samples(progress, most=4): # the last prompts, with what the model sai
     return [{k: None if v is None else visible(clip(v, 1500)) for k, v in row.items()} for row in _pair_samples(progress.samples)[-most:]]
 
 # %% ../nbs/10_widgets.ipynb #49c092b6
-class LiveView(anywidget.AnyWidget):
+class LiveView(_View):
     "A run in a notebook, drawn as it goes. Feed it with `push`; a page that opens later gets what was pushed so far."
-    _esm = (importlib.resources.files("sftkit") / "live.js").read_text(encoding="utf-8")
+    _esm = _script("live")
     title = traitlets.Unicode().tag(sync=True)
-    run_id = traitlets.Unicode().tag(sync=True) # the static twin with this id is hidden while the view is shown
     commands = traitlets.List(traitlets.Unicode()).tag(sync=True) # buttons: "pause" (which is "resume" while paused), "stop", "checkpoint", "evaluate"
-    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
 
     def __init__(self,
         title:str="run", # of the run
@@ -105,19 +143,13 @@ class LiveView(anywidget.AnyWidget):
         progress:Progress|None=None, # where the run stands; the caller keeps feeding it
         **kwargs, # of the widget
     ):
-        self._lock, self._progress, self._seq, self._on_request, self._sent = threading.RLock(), progress or Progress(), 0, on_request, (None, None)
+        self._progress, self._seq, self._on_request, self._sent = progress or Progress(), 0, on_request, (None, None)
         self.page_reloads = -1 # creating the widget asks for the state once
-        super().__init__(title=visible(clip(title, 200)), run_id=uuid.uuid4().hex[:12], commands=list(commands) if on_request else [], **kwargs)
-        _listen_while_busy(self)
-        self.on_msg(self._asked)
+        super().__init__(title=visible(clip(title, 200)), commands=list(commands) if on_request else [], **kwargs)
 
     def get_state(self, key=None, drop_defaults=False):
-        with self._lock:
-            self.page_reloads += key is None
-            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
-            state = super().get_state(key, drop_defaults)
-            self._trait_values["history"] = {}
-        return state
+        self.page_reloads += key is None
+        return super().get_state(key, drop_defaults)
 
     def _whole(self):
         p, steps = self._progress, list(self._progress.steps) # a copy: the publisher may go on adding meanwhile
@@ -128,7 +160,7 @@ class LiveView(anywidget.AnyWidget):
     ):
         "Send what is new to the pages that show this view."
         p = self._progress
-        with self._lock:
+        with self._busy:
             self._seq += 1
             steps, evals = ([e for e in events if e.get("kind") == kind] for kind in ("step", "eval"))
             message = dict(seq=self._seq, points=_points(steps), evals=_evals(evals), facts=_live_facts(p))
@@ -145,12 +177,6 @@ class LiveView(anywidget.AnyWidget):
         try: self._on_request(name)
         except SftkitError as e: self.send({"name": name, "refused": str(e)})
         else: self.send({"taken": name})
-
-    def close(self):
-        "Close the view and the layout model that comes with it."
-        layout = self.layout
-        super().close()
-        if layout is not None: layout.close()
 
 # %% ../nbs/10_widgets.ipynb #2fd4a523
 def _bundle(progress, title, run_id="", max_points=1200): # the static form as a MIME bundle
@@ -171,8 +197,7 @@ class WidgetRenderer:
     def start(self, progress):
         from IPython.display import display
         self.view = LiveView(self.title, self.on_request, self.commands, progress)
-        bundle = self.view._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        data, metadata = self.view.bundle()
         self._shown = display({**data, "text/html": "", "text/plain": ""}, metadata=metadata, raw=True, display_id=True)
         self._twin = display(_bundle(progress, self.title, self.view.run_id), raw=True, display_id=True)
         self._next_twin = time.monotonic() + self.twin_seconds
@@ -280,40 +305,51 @@ class Publisher(threading.Thread):
     ):
         super().__init__(name=f"sftkit-view-{Path(run_path).name}", daemon=True)
         self.directory, self.renderer, self.stop_event, self.until_end = RunDirectory(run_path), renderer, stop or threading.Event(), until_end
-        self.progress, self._offset, self._broken, self._quiet_since = Progress(), 0, False, time.monotonic()
+        self.progress, self._offset, self._broken, self._quiet_since = Progress(), 0, {}, time.monotonic()
         if total_hint: self.progress.plan["total_steps"] = total_hint
         self._read()
-        self._safely(self.renderer.start, self.progress)
+        self._draw(self.renderer.start, self.progress)
 
-    def _safely(self, call, *args):
-        if self._broken: return
-        try: call(*args)
+    def _safely(self, part, call, *args): # a part that failed once is not called again
+        if part in self._broken: return None
+        try: return call(*args)
         except Exception as e:
-            self._broken = True
-            _log.warning("The view of %s stopped: %s: %s. The run is not affected.", self.directory.path, type(e).__name__, e)
+            self._broken[part] = f"The view of {self.directory.path} stopped: {type(e).__name__}: {str(e).rstrip('.')}. The run is not affected."
+            _log.warning("%s", self._broken[part])
 
-    def _read(self):
+    def _draw(self, call, *args): self._safely("drawing", call, *args)
+
+    def _read(self, call=None): # what is new; in the end, why there is no more
+        if "reading" in self._broken: return []
+        events = self._safely("reading", call or self._new)
+        if events is None: self.progress.add(events := [{"kind": "note", "level": "warning", "text": self._broken["reading"]}])
+        return events
+
+    def _new(self):
         events, self._offset = read_events(self.directory.events_path, self._offset)
         self.progress.add(events)
         return events
 
+    def _death(self): # the state of a run whose process is gone without having said so
+        status = self.directory.status()
+        if status.get("state") != "died": return []
+        self.progress.add([status])
+        return [status]
+
     def _tick(self):
         events = self._read()
-        if events: self._safely(self.renderer.push, events, self.progress); self._quiet_since = time.monotonic()
-        elif self.until_end and time.monotonic() - self._quiet_since > 5: # silence: is anybody still there?
+        if not events and self.until_end and time.monotonic() - self._quiet_since > 5: # silence: is anybody still there?
             self._quiet_since = time.monotonic()
-            status = self.directory.status()
-            if status.get("state") == "died":
-                self.progress.add([status])
-                self._safely(self.renderer.push, [], self.progress)
+            events = self._read(self._death)
+        if events: self._draw(self.renderer.push, events, self.progress); self._quiet_since = time.monotonic()
 
     def run(self):
         pause = self.renderer.interval
-        while not (self.until_end and self._ended()) and not self.stop_event.wait(pause):
+        while not (self.until_end and (self._ended() or "reading" in self._broken)) and not self.stop_event.wait(pause):
             began = time.monotonic()
             self._tick()
             pause = max(self.renderer.interval, 20 * (time.monotonic() - began)) # a long run is slower to show: never more than a twentieth of the time
-        if self.until_end: self._safely(self.renderer.finish, self.progress)
+        if self.until_end: self._draw(self.renderer.finish, self.progress)
 
     def _ended(self): return self.progress.state in ("finished", "interrupted", "stopped", "failed", "died")
 
@@ -334,8 +370,8 @@ class Publisher(threading.Thread):
         if error is not None and not self._ended():
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.progress.add([{"kind": "state", "state": state, "error": "" if state == "interrupted" else f"{type(error).__name__}: {error}"}])
-        self._safely(self.renderer.push, events, self.progress)
-        self._safely(self.renderer.finish, self.progress)
+        self._draw(self.renderer.push, events, self.progress)
+        self._draw(self.renderer.finish, self.progress)
 
 # %% ../nbs/10_widgets.ipynb #77720f2c
 @contextlib.contextmanager
@@ -369,23 +405,9 @@ def watch(
     return publisher
 
 # %% ../nbs/10_widgets.ipynb #8e02a7d4
-def _script(name): # panel.js, then the file that draws
-    folder = importlib.resources.files("sftkit")
-    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("panel", name))
-
-class Panel(anywidget.AnyWidget):
+class Panel(_View):
     "A widget that takes the place of its static form while a kernel answers. Subclasses have `static` and `_asked`."
-    run_id = traitlets.Unicode().tag(sync=True) # the place in the page, and the static form that is hidden
-
-    def __init__(self,
-        **traits, # of the widget
-    ):
-        self._busy, self._twin = threading.RLock(), None
-        super().__init__(run_id=uuid.uuid4().hex[:12], **traits)
-        _listen_while_busy(self)
-        self.on_msg(self._asked)
-
-    def _asked(self, widget, content, buffers): "A message from the page: what it holds is checked before use."
+    _twin = None # the output that shows the static form
 
     def static(self)->dict: # text/html and text/plain
         "What a saved notebook shows."
@@ -395,8 +417,7 @@ class Panel(anywidget.AnyWidget):
         return {**self.static(), "text/html": f'<div class="sft-static" data-run="{self.run_id}">{self.static()["text/html"]}</div>'}
 
     def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        data, metadata = self.bundle()
         return {**data, **self._hidden()}, metadata
 
     def show(self)->"Panel":
@@ -413,12 +434,6 @@ class Panel(anywidget.AnyWidget):
     def refresh(self):
         "Bring the static form up to date."
         if self._twin is not None: self._twin.update(self._hidden(), raw=True)
-
-    def close(self):
-        "Close the widget and the layout model that comes with it; the page shows the static form again."
-        layout = self.layout
-        super().close()
-        if layout is not None: layout.close()
 
 # %% ../nbs/10_widgets.ipynb #2c95e8f6
 class PreviewView(Panel):
@@ -501,7 +516,11 @@ class PreviewView(Panel):
         split, which, template, start, row = (content.get(k) for k in ("split", "which", "template", "start", "row"))
         whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
         if split not in list(self._rows) or which not in ("all", "cut", "lost answer") or template not in ("", *self.about["templates"]) or not whole(start) or not (row is None or whole(row)): return
-        self.send(self.page(split, start, template, which, row))
+        try: page = self.page(split, start, template, which, row)
+        except Exception as e: # whatever it is: the page that waits for the rows must hear of it
+            rows = [dict(number=start + 1, where="", error=visible(clip(f"{type(e).__name__}: {e}", 1200)))]
+            page = dict(rows=rows, styles=[], split=split, which=which, start=start, template=template, total=len(self._rows[split]), **({} if row is None else {"row": row}))
+        self.send(page)
 
 # %% ../nbs/10_widgets.ipynb #b3f7a182
 class Chat:
@@ -544,13 +563,23 @@ class Chat:
     def _begin(self, text, sides):
         if not isinstance(text, str) or not text.strip(): raise RunError("The question is empty. Type a text, e.g. chat.ask(\"Hello\").")
         if not self._working.acquire(blocking=False): raise RunError("The answer before is still being written. Wait for its end, or type chat.stop().")
-        self._stop.clear()
-        sides = [s for s in self.sides if s in (sides or self.sides)]
-        prompts = {side: self.messages(side, text) for side in sides}
         turn = dict(user=text, base=None, tuned=None, note="…")
-        self.turns.append(turn)
-        self._tell("turn", turn)
+        try:
+            self._stop.clear()
+            sides = [s for s in self.sides if s in (sides or self.sides)]
+            prompts = {side: self.messages(side, text) for side in sides}
+            self.turns.append(turn)
+            self._tell("turn", turn)
+        except BaseException:
+            turn["note"] = "stopped"
+            self._working.release()
+            raise
         return turn, prompts
+
+    def _end(self, turn, note):
+        turn["note"] = note
+        self._working.release()
+        self._tell("end", turn)
 
     def _reply(self, turn, prompts, say):
         try:
@@ -562,16 +591,17 @@ class Chat:
                         if self._stop.is_set(): break
                         turn[side] += piece
                         say(side, piece)
-            turn["note"] = "stopped" if self._stop.is_set() else ""
         except BaseException as e:
-            turn["note"] = "stopped" if isinstance(e, KeyboardInterrupt) else f"{type(e).__name__}: {e}"
+            self._end(turn, "stopped" if isinstance(e, KeyboardInterrupt) else f"{type(e).__name__}: {e}")
             raise
-        finally:
-            self._working.release()
-            self._tell("end", turn)
+        self._end(turn, "stopped" if self._stop.is_set() else "")
 
-    def _tell(self, what, turn, side=None):
-        for view in list(self._views): view.told(what, turn, side)
+    def _tell(self, what, turn, side=None): # a view that fails hears no more; the conversation is not its affair
+        for view in list(self._views):
+            try: view.told(what, turn, side)
+            except Exception as e:
+                if view in self._views: self._views.remove(view)
+                _log.warning("A panel of \"%s\" stopped: %s: %s. The chat goes on without it.", self.title, type(e).__name__, e)
 
     def ask(self,
         text:str, # the question
@@ -597,7 +627,10 @@ class Chat:
             try: self._reply(turn, prompts, lambda side, piece: self._tell("piece", turn, side))
             except Exception as e: _log.info("%s: no answer: %s", self.title, e) # the panel says it, in the turn's note
         thread = threading.Thread(target=work, name="sftkit-chat", daemon=True)
-        thread.start()
+        try: thread.start()
+        except RuntimeError as e: # no more threads
+            self._end(turn, f"{type(e).__name__}: {e}")
+            raise
         return thread
 
     def stop(self):
@@ -627,7 +660,6 @@ class ChatView(Panel):
     "A `Chat` to type into."
     _esm = _script("chat")
     about = traitlets.Dict().tag(sync=True) # title, sides, turns_are_sent
-    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
     interval = 0.06 # seconds between messages while an answer is written
 
     def __init__(self,
@@ -638,13 +670,6 @@ class ChatView(Panel):
         chat._views.append(self)
 
     def static(self): return self._chat._static()
-
-    def get_state(self, key=None, drop_defaults=False):
-        with self._busy:
-            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._whole()
-            state = super().get_state(key, drop_defaults)
-            self._trait_values["history"] = {}
-        return state
 
     def _turn(self, turn, limit=8000): return {k: None if v is None else visible(clip(v, limit if k != "note" else 1200)) for k, v in turn.items()}
     def _whole(self, most=50):
@@ -697,7 +722,6 @@ class CompareView(Panel):
     "Several runs side by side, those that still train followed."
     _esm = _script("compare")
     about = traitlets.Dict().tag(sync=True) # runs of {name, ink, dash}, differences
-    history = traitlets.Dict().tag(sync=True) # filled only when a page asks
     interval, twin_seconds = 1.0, 10.0 # between looks at the events; between refreshes of the static form
 
     def __init__(self,
@@ -715,12 +739,7 @@ class CompareView(Panel):
 
     def static(self): return {"text/html": compare_runs_html(self._progress, self._differences), "text/plain": compare_runs_text(self._progress, self._differences)}
 
-    def get_state(self, key=None, drop_defaults=False):
-        with self._busy:
-            if key is None or key == "history" or "history" in key: self._trait_values["history"] = self._message(list(self._runs))
-            state = super().get_state(key, drop_defaults)
-            self._trait_values["history"] = {}
-        return state
+    def _whole(self): return self._message(list(self._runs))
 
     def _message(self, names): # curves of the runs called so, results of all
         order = list(self._runs)

@@ -216,3 +216,44 @@ def test_preview_js_by_itself(server):
     assert out["asked"] == [{"type": "rows", "split": "training", "which": "all", "start": i, "template": ""} for i in (1, 2)] and out["start"] == [None, 1] and out["then"] == "2"
     assert out["errors"] == ["<script>no</script>"] and out["sent"] == "<i>a</i>b" and out["later"].endswith("c") and out["tags"] == 0
     assert out["filter"]["which"] == "cut" and out["jump"]["row"] == 9 and out["jump"]["which"] == "cut"
+
+def test_a_place_that_left_the_page_is_drawn_no_more_and_comes_back_as_it_was(server):
+    "A notebook that re-renders a cell makes a new place; one that windows long pages puts the same one back."
+    page = server.browser.new_page()
+    try:
+        page.set_content("<body></body>")
+        out = page.evaluate(f"""async ([source]) => {{
+            const curve = (n) => ({{loss: [...Array(n)].map((_, i) => [i, i, i, 2 - i / 10]), evals: []}}), facts = {{results: [["run"], ["a"], ["b"]], live: [true, false]}};
+            const state = {{run_id: "abc", about: {{runs: ["a", "b"].map((name) => ({{name, ink: "#123456", dash: ""}})), differences: []}}, history: {{seq: 0, curves: {{0: curve(3), 1: curve(5)}}, ...facts}}}};
+            const made = await ({FAKE})(source, state), {{say, frame}} = made, out = {{}}; Object.assign(window, {{made, facts, curve}});
+            window.add = () => {{ const e = document.createElement("div"); e.className = "sft-panel"; e.dataset.run = "abc"; document.body.append(e); return e; }};
+            const place = add(); await frame(); const p = place.querySelector(".sft-p");
+            p.querySelector(".m-legend button[data-run='1']").click(); out.first = [p.dataset.points, p.dataset.shown];
+            place.remove(); await frame(); say({{seq: 1, curves: {{0: curve(4)}}, ...facts}}); await frame(); out.away = p.dataset.points;
+            document.body.append(place); await frame(); out.back = [place.querySelectorAll(".sft-p").length, place.querySelector(".sft-p") === p, p.dataset.points, p.dataset.shown];
+            say({{seq: 2, curves: {{0: curve(6)}}, ...facts}}); await frame(); out.drawn = p.dataset.points;
+            place.remove(); window.gone = new WeakRef(p); await frame(); return out; }}""", [source("compare")])
+        assert out == {"first": ["3", "1"], "away": "3", "back": [1, True, "4", "1"], "drawn": "6"}
+        page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+        assert page.evaluate("() => gone.deref() === undefined"), "a place that nobody can bring back is still held"
+        out = page.evaluate("""async () => {
+            const place = add(); await made.frame(); const drawn = place.querySelectorAll('.sft-p').length;
+            place.remove(); await made.frame(); made.close(); document.body.append(place); await made.frame(); // closed while it was away: it must not come back dead, with the static form hidden
+            return [drawn, place.childNodes.length]; }""")
+        assert out == [1, 0]
+    finally: page.close()
+
+def test_rows_that_could_not_be_had_are_said_in_their_place(server):
+    page = server.browser.new_page()
+    try:
+        page.set_content("<body><div class=sft-panel data-run=abc></div></body>")
+        out = page.evaluate(f"""async ([source]) => {{
+            const pageOf = (start, rows) => ({{split: "training", which: "all", start, template: "", total: 4, rows, styles: [["color:red", "user", "trained"]]}}), good = (n) => [{{number: n, where: "", note: "", prompt: {{length: 1, note: "", tokens: null}}, tokens: [["a", 1, 0]]}}];
+            const state = {{run_id: "abc", about: {{title: "t", own: "own", templates: [], n: 1, splits: [{{name: "training", rows: 4, filters: [], headline: "h"}}]}}, first: [pageOf(0, good(1))]}};
+            const {{sent, say, frame}} = await ({FAKE})(source, state), p = document.querySelector(".sft-p"), out = {{}};
+            p.querySelector("[title='Further rows']").click();
+            say(pageOf(1, [{{number: 2, where: "", error: "OSError: <i>gone</i>"}}])); await frame(); out.said = p.querySelector(".v-cell .p-notice").textContent;
+            await new Promise((f) => setTimeout(f, 3200)); out.busy = [...p.querySelectorAll(".p-notice")].filter((e) => !e.hidden).map((e) => e.textContent); out.asked = sent.length;
+            p.querySelector("[title='Rows before']").click(); await frame(); out.text = p.querySelector(".v-text").textContent; return out; }}""", [source("preview")])
+    finally: page.close()
+    assert out == {"said": "OSError: <i>gone</i>", "busy": ["OSError: <i>gone</i>"], "asked": 1, "text": "a"}

@@ -574,3 +574,66 @@ def test_compared_has_every_form(tmp_path, nowhere, renderer):
     assert ("application/vnd.jupyter.widget-view+json" in data) == (renderer == "widget") and set(both.differences.index) == {"lr", "chat_template"} and len(both.results) == 2 and len(both.plot().data) == 4
     if renderer != "widget":
         with pytest.raises(NotImplementedError): both._ipython_display_()
+
+
+# --- what cannot be read, and views that fail
+
+BAD = '{"t": 1, "kind": "st{"t": 2, "kind": "note"}\n'
+
+def test_a_line_that_cannot_be_read_ends_the_view_and_is_said_in_it(tmp_path, caplog):
+    run, r = tmp_path/"run", Recorder()
+    with caplog.at_level(logging.WARNING, "sftkit"):
+        w = watch(run, renderer=r); write(run, made_up_run(30, state=""))
+        wait_for(lambda: w.progress.step == 30)
+        with open(run/"events.jsonl", "a") as f: f.write(BAD)
+        w.join(5)
+    lines = (run/"events.jsonl").read_text().count("\n")
+    assert not w.is_alive() and r.calls[-1] == "finish" and r.last["step"] == 30 and f"Line {lines} of" in r.last["note"] and view_threads() == []
+    assert len(caplog.records) == 1 and f"Line {lines} of" in caplog.records[0].message
+    r = Recorder(); watch(run, renderer=r).join(5); assert r.calls == ["start", "finish"] and f"Line {lines} of" in r.last["note"] # opened when it was bad already
+
+def test_a_line_that_cannot_be_read_does_not_hide_what_ended_the_run(tmp_path):
+    run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
+    with pytest.raises(ValueError, match="bad row"):
+        with live(run, renderer=r), open(run/"events.jsonl", "a") as f: f.write(BAD); f.flush(); time.sleep(0.1); raise ValueError("bad row")
+    assert (r.last["state"], r.last["error"]) == ("failed", "ValueError: bad row") and "Line" in r.last["note"] and view_threads() == []
+    with live(run, renderer=Recorder()): trained = True
+    assert trained
+
+def test_a_status_that_cannot_be_read_ends_the_view(tmp_path):
+    run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
+    w = Publisher(run, r, until_end=True)
+    def unreadable(): raise RunError("Line 1 of the file is no event")
+    w.directory.status = unreadable; w._quiet_since -= 10; w.start(); w.join(5)
+    assert not w.is_alive() and "no event" in r.last["note"] and r.calls[-1] == "finish"
+
+def test_a_view_that_fails_does_not_stop_the_chat(told, caplog):
+    class Broken:
+        def told(self, *args): raise OSError("the page went away")
+    c = Chat(echo); c._views.append(Broken()); v = ChatView(c)
+    with caplog.at_level(logging.WARNING, "sftkit"): c.ask("one"); c.send("two").join(5); c.clear()
+    assert not c.busy and told[-1]["cleared"] is True and any(m.get("whole", {}).get("tuned") == "TWO" for m in told) # the other view heard all of it
+    assert len(caplog.records) == 1 and "OSError: the page went away" in caplog.records[0].message; v.close()
+
+@pytest.mark.parametrize("where", ["told", "messages", "thread"])
+def test_a_question_that_does_not_get_through_leaves_the_chat_free(monkeypatch, where):
+    class Interrupted:
+        def told(self, *args): raise KeyboardInterrupt
+    c = Chat(echo)
+    if where == "told": c._views.append(Interrupted())
+    def fail(*args): raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as m:
+        if where == "messages": m.setattr(Chat, "messages", fail)
+        if where == "thread": m.setattr(threading.Thread, "start", fail)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)): c.send("one")
+    c._views.clear()
+    assert not c.busy and all(t["note"] != "…" for t in c.turns)
+    c.ask("two"); assert c.turns[-1]["tuned"] == "TWO"
+
+def test_a_page_of_rows_that_fails_is_said(plan, told, monkeypatch):
+    v = preview_of(plan, 20)
+    def fail(*args): raise OSError(f"no tokenizer {HOSTILE}")
+    monkeypatch.setattr(v, "_numbers", fail)
+    for more in (dict(start=20), dict(which="cut", row=7)): v._asked(v, {"type": "rows", "split": "training", "which": "all", "template": "llama", "start": 0, **more}, [])
+    assert [(m["start"], m["which"], m["template"], m.get("row")) for m in told] == [(20, "all", "llama", None), (0, "cut", "llama", 7)] and told[0]["rows"][0]["number"] == 21
+    assert all(m["rows"][0]["error"].startswith("OSError: no tokenizer <script>") and "\u202e" not in m["rows"][0]["error"] for m in told); v.close()
