@@ -322,6 +322,7 @@ def test_bleu_and_rouge_of_texts_that_differ():
     assert bleu(said, meant) == sacrebleu.corpus_bleu(said, [meant]).score > 0
     assert bleu(meant, meant) == pytest.approx(100) and rouge(meant, meant) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
     assert rouge(["a b"], ["a c"])["rouge1"] == pytest.approx(0.5)
+    assert rouge(["turning lights"], ["turned light"])["rouge1"] == 0                    # words as they are, not their stems
 
 
 def test_own_functions_rows_with_origin_and_perplexity_alone(tok):

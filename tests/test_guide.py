@@ -58,12 +58,13 @@ def test_acceptance_17_distillation_equals_an_independent_computation(tiny, teac
 
 
 def test_acceptance_17_teacher_equal_to_the_student_and_alpha_0(tiny, teacher):
+    before = load_file(Path(teacher) / "model.safetensors")
     same = plan_for(tiny, "same", max_steps=1).distill(tiny, temperature=3.0, alpha=0.5).fit()
     assert abs(steps(same, "kl")[0]) < 1e-5
     plain, none = plan_for(tiny, "plain").fit(), plan_for(tiny, "none").distill(teacher, alpha=0.0).fit()
     assert steps(none) == pytest.approx(steps(plain), abs=1e-6)
-    before = load_file(Path(teacher) / "model.safetensors")
-    assert all(torch.equal(v, load_file(Path(teacher) / "model.safetensors")[k]) for k, v in before.items())
+    after = load_file(Path(teacher) / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_acceptance_17_accumulation_and_padding_change_nothing(tiny, teacher):
@@ -108,22 +109,22 @@ def test_distillation_brings_the_student_to_the_teacher(tiny, teacher):
 def test_acceptance_18_metrics_equal_sacrebleu_and_rouge_of_the_predictions(tiny):
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
-    plan = plan_for(tiny, eval_samples=2, eval_max_new_tokens=8, eval_steps=2, valid_split=6, max_steps=4).metrics("perplexity,bleu,rouge,exact_match", save_predictions=True)
+    plan = plan_for(tiny, eval_samples=2, eval_max_new_tokens=24, eval_steps=16, valid_split=6, max_steps=32, scheduler="constant").metrics("perplexity,bleu,rouge,exact_match", save_predictions=True)
     run = plan.fit()
     said = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     scores, evals = run.events and [e for e in run.events if e["kind"] == "scores"][-1], [e for e in run.events if e["kind"] == "eval"]
     assert len(said) == scores["rows"] == 6 and len(evals) >= 2 and all("bleu" in e and "rougeL" in e for e in evals)
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"])) and evals[-1]["loss"] == pytest.approx(scores["loss"])
     assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu([p["prediction"] for p in said], [[p["reference"] for p in said]]).score)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"])
     ours = sum(scorer.score(p["reference"], p["prediction"])["rougeL"].fmeasure for p in said) / len(said)
-    assert scores["rougeL"] == pytest.approx(ours, rel=1e-3) or scores["rougeL"] == pytest.approx(100 * ours, rel=1e-3)
+    assert scores["rougeL"] == pytest.approx(ours) and 0.2 < ours < 1 and 1 < scores["bleu"] < 100                     # enough steps for some of the words
     # greedy, from the prompt alone: what a fresh load of the result answers
     again = Run.open("run")
     model, tokenizer, encoder, stops = again._parts()
     rows = plan._work.data.valid_rows
     from sftkit.evaluate import generate
-    assert [p["prediction"] for p in said] == generate(model, tokenizer, [encoder.prompt(r.value) for r in rows], max_new_tokens=8, stop_ids=stops)
+    assert [p["prediction"] for p in said] == generate(model, tokenizer, [encoder.prompt(r.value) for r in rows], max_new_tokens=24, stop_ids=stops)
 
 
 def test_own_metric_by_name_and_wrong_ones_before_anything_loads(tiny, monkeypatch):
@@ -278,8 +279,14 @@ def test_every_optimizer_of_the_recipe_trains(tiny, optimizer):
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"])
 def test_every_scheduler_of_the_recipe_trains(tiny, scheduler):
-    rates = steps(plan_for(tiny, scheduler=scheduler, max_steps=4, warmup_ratio=0.5).fit(), "lr")
-    assert len(rates) == 4 and all(math.isfinite(r) for r in rates) and max(rates) <= 1e-2 + 1e-12
+    from transformers import get_scheduler
+    rates = steps(plan_for(tiny, scheduler=scheduler, max_steps=6, warmup_ratio=1 / 3).fit(), "lr")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    meant, expected = get_scheduler(scheduler, optimizer, num_warmup_steps=2, num_training_steps=6), []
+    for _ in range(6):
+        expected.append(meant.get_last_lr()[0])
+        optimizer.step(); meant.step()
+    assert rates == pytest.approx(expected) and (len(set(rates)) > 2) == (scheduler != "constant")
 
 
 def test_wrong_combinations_are_refused_together():
