@@ -253,7 +253,7 @@ import ipywidgets
 print([t.name for t in threading.enumerate() if t.name.startswith("sftkit")], len(ipywidgets.widgets.widget._instances))
 """
 
-@pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 56_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
+@pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 60_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
 def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, most, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(Path(widgets.__file__).parent.parent))
