@@ -796,11 +796,13 @@ class Trainer:
     def fit(self,
         view=None, # RunDirectory -> context manager that shows the run while it trains
     )->tuple: # (RunDirectory, model in eval mode, Prepared)
-        """Train, and write the weights and no more: the card, and what else a recipe asks for, come from `Session.fit`. Returns early if interrupted or asked to stop.
+        """Train, and write the weights and no more: the card, and what else a recipe asks for, come from `Session.fit`.
 
-        Raises `RecipeError` if the recipe asks for more than weights; this and whatever else cannot be carried out here is raised before any weight loads."""
+        Returns early if interrupted or asked to stop. Raises `RecipeError` if the recipe asks for more than weights;
+        this, and whatever else cannot be carried out here, is raised before any weight loads."""
         if asked := [n for n in ("merge_adapter", "push_to_hub") if getattr(self.recipe, n)]:
-            raise RecipeError(f"`Trainer.fit` writes the weights alone, and this recipe asks for {' and '.join(f'`{n}`' for n in asked)}. Type sftkit.train(recipe), or Session.from_recipe(recipe).fit(), which does all of it.")
+            raise RecipeError(f"`Trainer.fit` writes the weights alone, and this recipe asks for {' and '.join(f'`{n}`' for n in asked)}. "
+                              "Type sftkit.train(recipe), or Session.from_recipe(recipe).fit(), which does all of it.")
         return self._fit(view)
 
     def _fit(self, view):
