@@ -31,7 +31,9 @@ def llm(args):
     run = plan.fit()
     if int(os.environ.get("RANK", 0)) != 0: return
     print(f"Report: {run.report()}")
-    return int(plan.recipe.push_to_hub and run.state == "finished" and not run.url)          # trained and kept, but not uploaded as asked
+    return _exit_code(run)
+
+def _exit_code(run): return int(run.recipe.push_to_hub and run.state == "finished" and not run.url)          # trained and kept, but not uploaded as asked
 
 def preview(args):
     "sftkit preview --model M --data-path D [...]: show which tokens would be trained"
@@ -60,7 +62,9 @@ def stop(args):
 
 def resume(args):
     "sftkit resume RUN: go on with a run that was interrupted, stopped or killed"
-    print(_run(args, "resume").resume())
+    run = _run(args, "resume").resume()
+    print(run)
+    return _exit_code(run)
 
 def watch(args):
     "sftkit watch RUN: follow a run that trains elsewhere"

@@ -88,7 +88,8 @@ def _event(line, f, at):
     if isinstance(event, dict) and isinstance(event.get("kind"), str): return event
     f.seek(0)
     number = f.read(at).count(b"\n") + 1
-    raise RunError(f"Line {number} of `{f.name}` is no event: {line[:100]!r}{' …' * (len(line) > 100)}. An event is a JSON object with a `kind`, on a line of its own. Delete this line; the others can be read without it.")
+    raise RunError(f"Line {number} of `{f.name}` is no event: {line[:100]!r}{' …' * (len(line) > 100)}. "
+                   "An event is a JSON object with a `kind`, on a line of its own. Delete this line; the others can be read without it.")
 
 
 # %% ../nbs/01_events.ipynb #d45c4c30
@@ -106,7 +107,8 @@ def replay(
     "The course of a run: what a resume did again replaces what it had done."
     kept = []
     for event in events:
-        if event["kind"] == "state" and event.get("state") == "training" and event.get("step") is not None: kept = [e for e in kept if not undone(e, event["step"])]
+        if event["kind"] == "state" and event.get("state") == "training" and event.get("step") is not None:
+            kept = [e for e in kept if not undone(e, event["step"])]
         kept.append(event)
     return kept
 
@@ -267,11 +269,13 @@ def made_up_run(
     for i in range(1, steps + 1):
         loss = 1.1 + 2.4 * math.exp(-5 * i / total) + rnd.gauss(0, 0.13)
         rate = 5e-5 * min(1.0, i / (0.1 * total + 1e-9)) * (1 - i / (total + 1))
-        add("step", 0.31, step=i, epoch=round(3 * i / total, 3), loss=round(loss, 4), lr=rate, grad_norm=round(abs(rnd.gauss(1.4, 0.3)), 3), tokens=190, seq_tokens=512, seconds=0.31)
+        add("step", 0.31, step=i, epoch=round(3 * i / total, 3), loss=round(loss, 4), lr=rate, grad_norm=round(abs(rnd.gauss(1.4, 0.3)), 3),
+            tokens=190, seq_tokens=512, seconds=0.31)
         if i % max(total // 6, 1) == 0:
             add("eval", 0.8, step=i, loss=round(loss + 0.1, 4), perplexity=round(math.exp(loss + 0.1), 3))
             add("checkpoint", 0.1, step=i, path=f"checkpoint-{i}")
-        if i % 10 == 1: add("memory", step=i, device="cpu", allocated_bytes=3_400_000_000 + 9_000_000 * (i % 50), reserved_bytes=4_100_000_000, peak_bytes=5_200_000_000, limit_bytes=17_179_869_184, rss_bytes=3_400_000_000)
+        if i % 10 == 1: add("memory", step=i, device="cpu", allocated_bytes=3_400_000_000 + 9_000_000 * (i % 50), reserved_bytes=4_100_000_000,
+                            peak_bytes=5_200_000_000, limit_bytes=17_179_869_184, rss_bytes=3_400_000_000)
     if state == "finished": add("sample", when="after", text="light.on(kitchen)", **sample)
     if state: add("state", 0.2, state=state, step=steps, **({"error": "CUDA out of memory. Tried to allocate 2.00 GiB"} if state == "failed" else {}))
     return out

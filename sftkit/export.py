@@ -99,12 +99,14 @@ def result_files(
     if results: return {name: _file_of(run.path, name) for name in results[-1]["files"]}
     if not checkpoints: raise RunError(f"`{run.path}` holds no result yet. Train it first, or resume it.")
     state = ("trainer_state.json", "latest", "zero_to_fp32.py")
-    return {p.name: _file_of(p.parent, p.name) for p in sorted(checkpoints[-1][1].iterdir()) if p.is_file() and p.name not in state and p.suffix not in (".pt", ".pth", ".bin", ".distcp")}
+    wanted = lambda p: p.is_file() and p.name not in state and p.suffix not in (".pt", ".pth", ".bin", ".distcp")
+    return {p.name: _file_of(p.parent, p.name) for p in sorted(checkpoints[-1][1].iterdir()) if wanted(p)}
 
 def _file_of(folder, name):
     bare = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
     if bare and (folder/name).is_file() and (folder/name).resolve().parent == folder.resolve(): return folder/name
-    raise RunError(f"`{folder}` names {name!r} as a file of the result, and there is no such file in that very folder. A result's files lie in its run directory, none of them behind a link that leads elsewhere. "
+    raise RunError(f"`{folder}` names {name!r} as a file of the result, and there is no such file in that very folder. "
+                   "A result's files lie in its run directory, none of them behind a link that leads elsewhere. "
                    "Put the file there, or train again; if the folder came from somebody else, do not trust it.")
 
 # %% ../nbs/08_export.ipynb #a06d94be
@@ -267,9 +269,9 @@ def _reason(error, token):
     return (f"{status}: " if (status := _status(error)) else "") + re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
 
 def _may_pass(error):
-    "Whether another attempt may go well: no connection, no answer in time, too many requests, or trouble of the server's. An answer of the server counts before all else; huggingface_hub wraps errors in others."
+    "Whether another attempt may go well: no connection, no answer in time, too many requests, or trouble of the server's."
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-    if (status := _status(error)) is not None: return status >= 500 or status in (408, 429)
+    if (status := _status(error)) is not None: return status >= 500 or status in (408, 429)         # also where huggingface_hub wrapped it in another error
     if error is None or isinstance(error, OfflineModeIsEnabled): return False
     return isinstance(error, (ConnectionError, TimeoutError, HTTPError)) or _may_pass(error.__cause__)
 

@@ -68,7 +68,8 @@ def start_worker(
     r = r.replace(resume=None)                                    # settled when the directory was claimed
     if not run.exists(): write_atomic(run.recipe_path, r.to_yaml())
     step = max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
-    with open(run.log_path, "ab") as output, contextlib.closing(EventLog(run.events_path)) as log:           # opened before there is a worker whose line it could take for an unfinished one
+    # the log is opened before there is a worker, whose line it could take for an unfinished one
+    with open(run.log_path, "ab") as output, contextlib.closing(EventLog(run.events_path)) as log:
         env = {**os.environ, "SFTKIT_CLAIMED": str(path), "SFTKIT_LOG_FROM": str(output.tell()), "SFTKIT_RENDERER": "plain", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
                "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), **({"HF_TOKEN": r.token} if r.token else {})}      # what can be imported here can be there
         worker = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", *r.to_args(), "--traceback"], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -82,4 +83,5 @@ def _record_exit(worker, run):
     code, last = worker.wait(), run.status()
     if last.get("state") != "died": return
     how = f"killed by {signal.Signals(-code).name}" + (", from outside or by the system because memory ran out" if code == -signal.SIGKILL else "") if code < 0 else f"it ended with exit code {code}"
-    with contextlib.closing(EventLog(run.events_path)) as log: log.append("state", **{k: v for k, v in last.items() if k not in ("t", "kind", "error")}, exit_code=code, error=run.death_report(last, how))
+    known = {k: v for k, v in last.items() if k not in ("t", "kind", "error")}
+    with contextlib.closing(EventLog(run.events_path)) as log: log.append("state", **known, exit_code=code, error=run.death_report(last, how))

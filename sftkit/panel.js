@@ -1,8 +1,8 @@
-// What the scripts of all widgets share; Python puts this file before theirs. live.js takes the small things; preview.js, chat.js and compare.js are panels. A panel is drawn into the page's place for it, <div class="sft-panel" data-run="ID">, which a saved notebook
-// keeps as an empty element, and hides the static form beside it, <div class="sft-static" data-run="ID">. No widget output is needed for that: the model alone comes to the page, looks for its
-// place, and finds it again after a reload. Where no kernel answers, the static form is what is seen. Text from data only ever enters through textContent.
+// What preview.js, chat.js and compare.js share; Python puts this file between base.js and theirs. A panel is drawn into the page's place for
+// it, <div class="sft-panel" data-run="ID">, which a saved notebook keeps as an empty element, and hides the static form beside it,
+// <div class="sft-static" data-run="ID">. No widget output is needed for that: the model alone comes to the page, looks for its place, and
+// finds it again after a reload. Where no kernel answers, the static form is what is seen.
 
-const BLUE = "#3b7dd8", ORANGE = "#d9780a", RED = "#d5483c", GREEN = "#16946a", GREY = "#7d838c";
 const BASE_CSS = `
 .sft-p{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:960px;padding:2px 3px 8px;text-align:left;container-type:inline-size}
 .sft-p *{box-sizing:border-box} .sft-p [hidden]{display:none!important}
@@ -17,30 +17,10 @@ const BASE_CSS = `
 .sft-p .p-notice{border-left:3px solid ${ORANGE};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-p .p-bad{border-color:${RED}}
 `;
 
-const node = (tag, cls, parent, text) => {
-  const e = document.createElement(tag);
-  if (cls) e.className = cls;
-  if (text !== undefined) e.textContent = text;
-  if (e.tabIndex >= 0) e.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's command keys (d d deletes a cell) are not meant while a button here has the focus
-  if (parent) parent.append(e);
-  return e;
-};
-const button = (parent, text, title, act) => { const b = node("button", "", parent, text); b.type = "button"; b.title = title; b.onclick = act; return b; };
-const count = (n) => Number(n).toLocaleString("en");
-const inSelector = (id) => String(id).replace(/[^\w-]/g, "");
-
-function ticks(low, high, n, whole) { // about `n` round numbers in the range, as sftkit.view.nice_ticks
-  const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw)), out = [];
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
-  return out;
-}
-
 // `start(model, redraw)` makes what all views of a model share; `mount(model, root, store)` draws one and returns {draw, close}.
 const panel = ({ css, start, mount }) => () => {
   let store;
-  const views = new Set(), places = new Map(), away = new Set(); // what is drawn; element in the page -> its panel; panels whose element is in the page no more, held weakly
+  const views = new Set(), places = new Map(), away = new Set(); // drawn; element in the page -> its panel; those out of the page, held weakly
   const redraw = () => views.forEach((v) => v.draw());
   function open(model, el) {
     node("style", "", el, BASE_CSS + css + `.sft-static[data-run="${inSelector(model.get("run_id"))}"]{display:none}`);
@@ -50,8 +30,12 @@ const panel = ({ css, start, mount }) => () => {
     wake();
     return { wake, sleep() { views.delete(view); }, end() { views.delete(view); view.close?.(); el.replaceChildren(); delete el.sftPanel; } };
   }
-  function place(model) { // The element carries its panel, so that both are freed together when the notebook has forgotten the element, and what was typed is there when it puts the element back.
-    for (const [el, p] of places) if (!el.isConnected) { places.delete(el); p.sleep(); el.sftPanel = p; away.add(p.away = new WeakRef(p)); }
+  // An element out of the page carries its panel: what was typed is there when the notebook puts it back, and both are freed when it does not.
+  function place(model) {
+    for (const [el, p] of places) {
+      if (el.isConnected) continue;
+      places.delete(el); p.sleep(); el.sftPanel = p; away.add(p.away = new WeakRef(p));
+    }
     for (const ref of away) if (!ref.deref()) away.delete(ref);
     for (const el of document.querySelectorAll(`.sft-panel[data-run="${inSelector(model.get("run_id"))}"]`)) {
       if (places.has(el)) continue;

@@ -356,7 +356,7 @@ def _fit(plan, renderer=None):
     if recipe.push_to_hub: from_main_process(lambda: _check_hub(recipe))
     work = plan._work
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
-    run, model, data = work.fit(view)
+    run, model, data = work._fit(view)            # what else the recipe asks for is done here, and nowhere else
     plan.__dict__.pop("_work", None)              # a second fit starts from fresh data
     done = Run(run, recipe, model, data.tokenizer, data.encoder, data.stop_ids, data)
     if process_rank() == 0 and done.state == "finished": _take_away(done, [e["input_ids"] for e in data.train.examples[:4]])

@@ -27,7 +27,7 @@ from .data import (Encoded, Encoder, Row, Shape, collate, collate_packed, detect
 from .evaluate import check_metrics, evaluate, generate
 from .events import EventLog, RunDirectory, flush_folder, process_gone, this_process
 from .memory import Forecast, Machine, forecast, heaviest, held_parts, machine, read_memory
-from .recipe import DataError, ModelError, Recipe, RunError, SftkitError, write_atomic
+from .recipe import DataError, ModelError, Recipe, RecipeError, RunError, SftkitError, write_atomic
 
 # %% ../nbs/07_training.ipynb #5bd6bdbf
 @dataclass(frozen=True)
@@ -836,7 +836,16 @@ class Trainer:
     def fit(self,
         view=None, # RunDirectory -> context manager that shows the run while it trains
     )->tuple: # (RunDirectory, model in eval mode, Prepared)
-        "Train. Raises before any weight loads if the recipe cannot be carried out here; returns early if interrupted or asked to stop."
+        """Train, and write the weights and no more: the card, and what else a recipe asks for, come from `Session.fit`.
+
+        Returns early if interrupted or asked to stop. Raises `RecipeError` if the recipe asks for more than weights;
+        this, and whatever else cannot be carried out here, is raised before any weight loads."""
+        if asked := [n for n in ("merge_adapter", "push_to_hub") if getattr(self.recipe, n)]:
+            raise RecipeError(f"`Trainer.fit` writes the weights alone, and this recipe asks for {' and '.join(f'`{n}`' for n in asked)}. "
+                              "Type sftkit.train(recipe), or Session.from_recipe(recipe).fit(), which does all of it.")
+        return self._fit(view)
+
+    def _fit(self, view):
         device = best_device()
         dtype = compute_dtype(self.recipe.mixed_precision, device)
         check_trackers(self.recipe.log)

@@ -38,9 +38,9 @@ def choose_renderer(
     return "widget" if os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID") else "html"
 
 # %% ../nbs/10_widgets.ipynb #5fa3c9d8
-def _script(name): # panel.js, then the file that draws
+def _script(*names): # what all share, then the files that draw: an import would need an address
     folder = importlib.resources.files("sftkit")
-    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("panel", name))
+    return "".join((folder / f"{n}.js").read_text(encoding="utf-8") for n in ("base", *names))
 
 class _View(anywidget.AnyWidget):
     "A widget whose page gets the whole when it asks, from `_whole`, and afterwards only what is new."
@@ -438,7 +438,7 @@ class Panel(_View):
 # %% ../nbs/10_widgets.ipynb #2c95e8f6
 class PreviewView(Panel):
     "The rows of a plan, page by page, as they are trained and as inference will send them."
-    _esm = _script("preview")
+    _esm = _script("panel", "preview")
     about = traitlets.Dict().tag(sync=True) # title, own, templates, n, splits of {name, rows, filters, headline}
     first = traitlets.List().tag(sync=True) # the pages that are shown at once
 
@@ -519,7 +519,8 @@ class PreviewView(Panel):
         try: page = self.page(split, start, template, which, row)
         except Exception as e: # whatever it is: the page that waits for the rows must hear of it
             rows = [dict(number=start + 1, where="", error=visible(clip(f"{type(e).__name__}: {e}", 1200)))]
-            page = dict(rows=rows, styles=[], split=split, which=which, start=start, template=template, total=len(self._rows[split]), **({} if row is None else {"row": row}))
+            page = dict(rows=rows, styles=[], split=split, which=which, start=start, template=template, total=len(self._rows[split]))
+            if row is not None: page["row"] = row
         self.send(page)
 
 # %% ../nbs/10_widgets.ipynb #b3f7a182
@@ -658,7 +659,7 @@ class Chat:
 # %% ../nbs/10_widgets.ipynb #f9406c2d
 class ChatView(Panel):
     "A `Chat` to type into."
-    _esm = _script("chat")
+    _esm = _script("panel", "chat")
     about = traitlets.Dict().tag(sync=True) # title, sides, turns_are_sent
     interval = 0.06 # seconds between messages while an answer is written
 
@@ -720,7 +721,7 @@ class ChatView(Panel):
 # %% ../nbs/10_widgets.ipynb #a0d6e427
 class CompareView(Panel):
     "Several runs side by side, those that still train followed."
-    _esm = _script("compare")
+    _esm = _script("panel", "compare")
     about = traitlets.Dict().tag(sync=True) # runs of {name, ink, dash}, differences
     interval, twin_seconds = 1.0, 10.0 # between looks at the events; between refreshes of the static form
 

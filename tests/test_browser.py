@@ -130,7 +130,7 @@ def test_live_js_by_itself(server):
             out.panels = [...el.querySelectorAll(".sft-panels span")].map((e) => e.textContent);
             say({seq: 105, points: [], evals: [], facts: facts(50, {state: "failed", error: "<i>boom</i>"})}); await frame(); out.buttons = el.querySelectorAll("button").length;
             out.tags = [...el.querySelectorAll("script,img,b b,i i")].length; out.hit = window.hit; out.text = root.textContent;
-            close(); return out; }""", ["".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("panel", "live"))])
+            close(); return out; }""", ["".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("base", "live"))])
     finally: page.close()
     assert (result["loaded"], result["duplicate"], result["resumed"]) == (3, 3, 50) and result["burst"][0] == 103 and result["burst"][1] <= 2
     assert result["sent"] == [{"type": "request", "name": "stop"}] and result["button"] == "stopping …" and result["refused"] == "Nothing is training." and result["again"] is False

@@ -187,7 +187,7 @@ FAKE = """async (source, state, hosts) => {
     const widget = module.default();
     return {model, widget, sent, say: (m) => heard["msg:custom"](m), close: widget.initialize({model}), frame: () => new Promise((f) => setTimeout(f, 120))};
 }"""
-def source(name): return "".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("panel", name))
+def source(name): return "".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("base", "panel", name))
 
 def test_preview_js_by_itself(server):
     page = server.browser.new_page()

@@ -393,3 +393,29 @@ def test_an_upload_that_fails_says_so(hub, monkeypatch, error):
     def broken(*args, **more): raise error
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", broken)
     with pytest.raises(UploadError, match="The upload to `ada/lamps` failed"): upload({"README.md": "x"}, "ada/lamps", TOKEN)
+
+
+# -- no spelling loses what the recipe asks for ------------------------------------------------------------------------------------
+
+def test_a_resumed_run_whose_upload_fails_is_told_by_the_exit_code(tiny, hub, monkeypatch, capsys):
+    from sftkit.training import Recorder
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    plan = plan_for(tiny, max_steps=6, push_to_hub=True)
+    for name in ("told", "well"):
+        with monkeypatch.context() as m:
+            m.setattr(Recorder, "on_step_begin", lambda self, *a, **k: setattr(self, "stop_asked", True), raising=False)
+            assert plan.options(project_name=name).fit().state == "interrupted"
+        if name == "told": hub.fail("/commit/", 403)
+        assert main(["resume", name]) == (1 if name == "told" else 0) and Run.open(name).state == "finished"
+        said = capsys.readouterr()
+        assert ('Run.open("told").push("told") tries again' in said.err) == (name == "told") and f"{name}: finished" in said.out
+
+
+@pytest.mark.parametrize("asked", [dict(peft=True, merge_adapter=True), dict(push_to_hub=True)])
+def test_the_trainer_alone_refuses_what_it_would_not_do(tiny, asked):
+    from sftkit.training import Trainer
+    recipe = plan_for(tiny, **asked).recipe
+    with pytest.raises(RecipeError, match=f"`{list(asked)[-1]}`.*Session.from_recipe") as told: Trainer(recipe).fit()
+    assert not Path("run").exists() and "train(recipe)" in str(told.value)
+    run, model, data = Trainer(recipe.replace(merge_adapter=False, push_to_hub=False)).fit()
+    assert run.status()["state"] == "finished" and not model.training and len(data.train_rows)
