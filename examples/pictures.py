@@ -2,7 +2,6 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,22 +11,21 @@ from sftkit import Run, Session, sample_data, sample_model
 from sftkit.view import curve_svg, series, Progress
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-sys.path.insert(0, str(DOCS.parent / "tests")) # browser.py and tiny.py
+sys.path.insert(0, str(DOCS.parent / "tests"))
+from browser import headless, lab, notebook, write_notebook
+from tiny import save_tiny
 
 
 def screenshot(html, path, width, height):
     "PNG of an HTML fragment, through Chromium."
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "page.html"
-        page.write_text(f'<!doctype html><meta charset="utf-8"><body style="margin:14px;background:#fff;color:#222;font:14px system-ui,\'DejaVu Sans\',sans-serif">{html}', encoding="utf-8")
-        subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=2", f"--window-size={width},{height}",
-                        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={folder}/profile",
-                        f"--screenshot={path}", page.as_uri()], check=True, capture_output=True)
+    with headless() as browser:
+        page = browser.new_page(viewport=dict(width=width, height=height), device_scale_factor=2)
+        page.set_content(f'<!doctype html><body style="margin:14px;background:#fff;color:#222;font:14px system-ui,\'DejaVu Sans\',sans-serif">{html}')
+        page.screenshot(path=path)
 
 
 def compared():
     "Three short runs of a tiny random model that differ in one thing, trained if they are not there: folders."
-    from tiny import save_tiny
     tiny = save_tiny("runs/tiny", extra=("<|im_start|>", "<|im_end|>"), hidden=64)
     plan = Session(tiny, project="x").data(sample_data() / "train.jsonl", eval=40).template("chatml")
     plan = plan.options(batch_size=8, gradient_accumulation=1, max_seq_length=128, epochs=2, eval_steps=25)
@@ -38,7 +36,6 @@ def compared():
 
 def widget_pictures(run="runs/home-assistant"):
     "The panels, as JupyterLab shows them: preview_widget.png, chat.png, compare.png."
-    from browser import lab, notebook, write_notebook
     here, runs = Path.cwd(), list(compared())
     load = f"import os; os.chdir({str(here)!r}); from sftkit import Run, Session, compare, sample_data, sample_model; "
     cells = dict(preview_widget='Session(sample_model(), project="home-assistant").data(sample_data()/"train.jsonl", eval=sample_data()/"test.jsonl").template("chatml").options(max_seq_length=48).preview(2)',
@@ -70,9 +67,6 @@ def widget_pictures(run="runs/home-assistant"):
 
 def live_picture(steps=230):
     "live.png: a tiny random model in its worker process, in the middle of training, as JupyterLab shows it."
-    sys.path.insert(0, str(DOCS.parent / "tests"))
-    from browser import lab, notebook, write_notebook
-    from tiny import save_tiny
     cell = """from sftkit import Session, sample_data
 plan = Session("tiny", project="home-assistant").data(sample_data()/"train.jsonl", eval=40).template("chatml")
 run = plan.options(batch_size=8, gradient_accumulation=1, max_seq_length=128, epochs=4, lr=2e-3, eval_steps=50, save_steps=100).start()"""

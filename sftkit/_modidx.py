@@ -170,7 +170,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sftkit.evaluate.evaluate': ('evaluate.html#evaluate', 'sftkit/evaluate.py'),
                                  'sftkit.evaluate.exact_match': ('evaluate.html#exact_match', 'sftkit/evaluate.py'),
                                  'sftkit.evaluate.generate': ('evaluate.html#generate', 'sftkit/evaluate.py'),
-                                 'sftkit.evaluate.inference': ('evaluate.html#inference', 'sftkit/evaluate.py'),
                                  'sftkit.evaluate.perplexity': ('evaluate.html#perplexity', 'sftkit/evaluate.py'),
                                  'sftkit.evaluate.rouge': ('evaluate.html#rouge', 'sftkit/evaluate.py'),
                                  'sftkit.evaluate.stream': ('evaluate.html#stream', 'sftkit/evaluate.py')},

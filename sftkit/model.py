@@ -516,7 +516,7 @@ def score_tokens(
         return {"loss_sum": sums[0], "kl_sum": sums[1]}
     base.forward = forward
 
-# %% ../nbs/04_model.ipynb #3d1fe746
+# %% ../nbs/04_model.ipynb #bab20e77
 @contextlib.contextmanager
 def inference(
     model, # any torch module; put in eval mode inside the block
@@ -529,6 +529,7 @@ def inference(
     finally:
         for module, flag in flags: module.training = flag
 
+# %% ../nbs/04_model.ipynb #3d1fe746
 def causal_lm(
     model, # possibly wrapped by an adapter or for data parallelism
 ): # the transformers model inside

@@ -12,7 +12,8 @@ import contextlib, importlib.util, json, os, shutil, signal, socket, subprocess,
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from running import ROOT, environment
+
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
@@ -81,14 +82,22 @@ def _wait_until_up(server, process, seconds=40):
 
 
 @contextlib.contextmanager
+def headless():
+    "A Chromium without a window, driven by Playwright."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        try: yield browser
+        finally: browser.close()
+
+
+@contextlib.contextmanager
 def lab(root_dir, env=None):
     "A running JupyterLab over `root_dir` and a browser; both are gone afterwards. `env` is added to the environment of its kernels."
-    from playwright.sync_api import sync_playwright
     root_dir, port = Path(root_dir).resolve(), _free_port()
     with tempfile.TemporaryDirectory(prefix="sftkit-lab-") as aside, contextlib.ExitStack() as stack:
         token, log = "sftkit-test", Path(aside)/"lab.log"
-        kernel_env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1",
-                      "IPYTHONDIR": f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, **(env or {})}
+        kernel_env = environment(OMP_NUM_THREADS="1", IPYTHONDIR=f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, **(env or {}))
         for name in ("SFTKIT_RENDERER", "VSCODE_PID", "JPY_SESSION_NAME"):
             if name not in (env or {}): kernel_env.pop(name, None)
         command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
@@ -101,9 +110,7 @@ def lab(root_dir, env=None):
         stack.callback(_end, process)
         server = Server(f"http://127.0.0.1:{port}", token, root_dir, None, log)
         _wait_until_up(server, process)
-        playwright = stack.enter_context(sync_playwright())
-        server.browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
-        stack.callback(server.browser.close)
+        server.browser = stack.enter_context(headless())
         try: yield server
         finally:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError): server.end_sessions()
@@ -187,3 +194,9 @@ class NotebookPage:
         if index is None: self.page.screenshot(path=str(path))
         else: self.output(index).screenshot(path=str(path))
         return Path(path)
+
+
+def ink(nb):
+    "How many pixels of the chart are the training curve's blue."
+    return nb.page.evaluate("""() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }""")

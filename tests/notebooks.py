@@ -7,11 +7,10 @@ import os
 import re
 import sys
 import tempfile
-from pathlib import Path
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
+from running import ROOT, environment
 
 
 def notebooks(): return sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -21,7 +20,8 @@ def execute(path, folder=None, timeout=1800):
     "Run a notebook from top to bottom in an empty folder; returns it with its outputs. A cell that fails raises."
     from nbclient import NotebookClient
     book = nbformat.read(path, as_version=4)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}      # threads that wait must not keep others from working
+    threads = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    env = environment(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")          # threads that wait must not keep others from working
     with tempfile.TemporaryDirectory() as own:
         NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder or own)}}, store_widget_state=False).execute(env=env)
     return book

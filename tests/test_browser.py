@@ -2,7 +2,7 @@
 import json, time
 import pytest
 import browser
-from browser import lab, notebook, untrusted_copy, write_notebook
+from browser import ink, lab, notebook, untrusted_copy, write_notebook
 
 if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
 pytestmark = pytest.mark.xdist_group("browser")        # one server for all of them
@@ -49,10 +49,6 @@ def finished(server):
     return server.root/"finished.ipynb"
 
 def steps_shown(nb): return int(nb.page.locator(".sft-live").get_attribute("data-step") or 0)
-
-def ink(nb): # how many pixels of the chart are the training curve's blue
-    return nb.page.evaluate("""() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }""")
 
 
 def test_the_view_moves_and_stop_arrives_while_the_cell_runs(server):

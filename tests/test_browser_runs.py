@@ -1,10 +1,11 @@
 """Real runs in a real front end, JupyterLab 4 and Notebook 7: the view moves, each button does its work while training runs, and a run survives its page, its kernel and its notebook."""
-import json, os, signal, time
+import json, os, signal
 import pytest
 import browser
-from browser import lab, notebook, untrusted_copy, write_notebook
+from browser import ink, lab, notebook, untrusted_copy, write_notebook
 from conftest import CHAT
 from sftkit.events import RunDirectory
+from running import until
 from tiny import save_tiny, write_jsonl
 
 if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
@@ -35,10 +36,6 @@ def step(nb): return int(nb.page.locator(".sft-live").last.get_attribute("data-s
 def reach(nb, n, seconds=90): nb.page.wait_for_function("n => +[...document.querySelectorAll('.sft-live')].at(-1)?.dataset.step >= n", arg=n, timeout=seconds * 1000)
 def badge(nb, text, seconds=30): nb.page.wait_for_function("t => [...document.querySelectorAll('.sft-badge')].at(-1)?.textContent.includes(t)", arg=text, timeout=seconds * 1000)
 def click(nb, command): nb.page.locator(f".sft-live button[data-command={command}]:not([disabled])").last.click(timeout=15_000)
-
-def until(true, seconds=30):
-    end = time.monotonic() + seconds
-    while not true(): assert time.monotonic() < end; time.sleep(0.1)
 
 def use_every_button(nb, run):
     "Pause, resume, checkpoint, evaluate: each is seen in the page and in the run directory."
@@ -123,6 +120,6 @@ run = plan.start()"""])
     with notebook(server, "sample.ipynb") as nb:
         nb.run_cell(0); reach(nb, 3, seconds=240)
         at = step(nb); reach(nb, at + 3, seconds=120)
-        assert nb.page.evaluate("() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }") > 50
+        assert ink(nb) > 50
         click(nb, "stop")
         nb.page.locator(PICTURE).first.wait_for(timeout=60_000)

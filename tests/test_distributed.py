@@ -10,15 +10,15 @@ import pytest
 from sftkit import Run, Recipe, Session
 from sftkit.launch import launch_command
 from sftkit.recipe import RecipeError, RunError
+from running import ROOT, environment
 from tiny import save_tiny, write_jsonl
 
-ROOT = Path(__file__).parent.parent
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(22)]
 COMMON = "--model m --data-path d.jsonl --epochs 2 --lr 1e-3 --valid-split 4 --use-enhanced-eval --eval-metrics perplexity,exact_match --eval-max-new-tokens 4".split()
 
 
 def sftkit(cwd, *args, wait=True, **env):
-    env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    env = environment(**{"OMP_NUM_THREADS": "1", **env})
     started = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", *COMMON, *map(str, args)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait: return started
     out = started.communicate(timeout=600)[0]
@@ -49,7 +49,7 @@ def same_as_one(folder, name, tolerance=1e-5):
 
 def test_acceptance_30_accelerate_launch_trains_as_one_process(folder):
     "What `accelerate launch` does on two GPUs, here with gloo on a CPU."
-    env = {**{k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = environment(OMP_NUM_THREADS="1")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run([*launcher, "-m", "sftkit", "llm", *COMMON, "--project-name", "accelerated", "--batch-size", "2", "--gradient-accumulation", "2"], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,7 +108,7 @@ def test_missing_deepspeed_and_fsdp_on_a_cpu_are_refused_before_anything_loads(f
 
 def sharded_worker(script, model, **env):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(ROOT/"tests"/script), str(model)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*launcher, str(ROOT/"tests"/script), str(model)], env=environment(OMP_NUM_THREADS="1", **env), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 import sftkit.evaluate as ev
 from sftkit.evaluate import base_model, bleu, evaluate, exact_match, generate, inference, perplexity, rouge, stream
 from sftkit.recipe import DataError, ModelError
+from running import nats_by_hand
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -42,15 +43,7 @@ def examples(n=7, seed=0):
     return out
 
 
-def by_hand(model, rows):
-    "Every row alone, all logits, log-softmax in float64, summed over labels with a shift of one."
-    nats, count = 0.0, 0
-    with torch.no_grad():
-        for row in rows:
-            log_p = model(torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
-            for i, label in enumerate(row["labels"]):
-                if i and label != -100: nats, count = nats - log_p[i - 1, label].item(), count + 1
-    return nats / count, count
+def by_hand(model, rows): return nats_by_hand(model, [(r["input_ids"], r["labels"]) for r in rows])
 
 
 PROMPTS = [[5, 9, 20], [7], [30, 31, 32, 33, 34, 35, 36, 37, 38], [100, 101], [50, 60, 70, 80, 90]]

@@ -1,8 +1,10 @@
 """Taking a result away: the card, `save`, `push`, `push_to_hub`, against a stand-in of the hub."""
+import contextlib
 import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,12 @@ from sftkit import Recipe, Run, Session
 from sftkit.cli import main
 from sftkit.export import UploadError, result_files
 from sftkit.recipe import RecipeError, RunError
+from running import chat_plan, environment
 from tiny import save_tiny, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 TOKEN, READER, STRANGER = "hf_thewritersverysecrettoken", "hf_thereadersverysecrettoken", "hf_atokennobodyknows"
-FAST = dict(batch_size=8, gradient_accumulation=1, max_steps=2, lr=1e-3, chat_template="chatml")
+FAST = dict(batch_size=8, gradient_accumulation=1, max_steps=2, lr=1e-3)
 REPO_FILES = {"README.md", "recipe.yaml", "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
@@ -36,7 +39,15 @@ def hub(monkeypatch, tmp_path):
     hub.close()
 
 
-def plan_for(model, name="run", **options): return Session(model, project=name, **{**FAST, **options}).data(write_jsonl("chat.jsonl", CHAT), eval=6)
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    "A folder that holds a finished run and its data."
+    with contextlib.chdir(tmp_path_factory.mktemp("trained")):
+        plan_for(tiny).fit()
+        return Path.cwd()
+
+
+def plan_for(model, name="run", **options): return chat_plan(model, name, write_jsonl("chat.jsonl", CHAT), eval=6, **{**FAST, **options})
 def notes(run, level): return [e["text"] for e in run.events if e["kind"] == "note" and e["level"] == level]
 
 
@@ -223,9 +234,10 @@ def test_what_is_uploaded_can_be_loaded_from_there(tiny, hub, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["GET /api/whoami", "POST /api/repos/create", "POST /api/validate-yaml", "/preupload/", "objects/batch", "PUT /lfs", "/commit/"])
-def test_a_server_error_is_waited_out(tiny, hub, where):
+def test_a_server_error_is_waited_out(trained, hub, where):
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
     hub.fail(where, 500)
-    run = plan_for(tiny).fit()
+    run = Run.open("run")
     assert run.push("ada/lamps", token=TOKEN) and len(hub.paths(where)) >= 2 and "model.safetensors" in hub.repos["ada/lamps"]["files"]
 
 
@@ -284,7 +296,7 @@ def test_a_failing_upload_leaves_a_finished_run(tiny, hub, capsys):
 
 def test_command_line_uploads_and_says_when_it_could_not(tiny, hub, tmp_path, capsys, monkeypatch):
     write_jsonl("chat.jsonl", CHAT)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | dict(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1", PYTHONPATH=str(ROOT))
+    env = environment("HF_", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1")
     words = ["llm", "--model", tiny, "--data-path", "chat.jsonl", "--project-name", "cli", "--max-steps", "1", "--gradient-accumulation", "1", "--push-to-hub"]
     hub.fail("/commit/", 403)
     done = subprocess.run([sys.executable, "-m", "sftkit", *words], capture_output=True, text=True, env=env)
@@ -306,7 +318,7 @@ def test_worker_process_uploads_with_the_token_of_its_plan(tiny, hub, monkeypatc
 
 def test_of_several_processes_one_asks_and_uploads(tiny, hub, tmp_path):
     write_jsonl("chat.jsonl", CHAT)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1", PYTHONPATH=str(ROOT))
+    env = environment("HF_", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1")
     words = ["llm", "--model", tiny, "--data-path", "chat.jsonl", "--project-name", "two", "--max-steps", "1", "--gradient-accumulation", "1", "--gpus", "2", "--push-to-hub"]
     sftkit = lambda token: subprocess.run([sys.executable, "-m", "sftkit", *words], capture_output=True, text=True, env={**env, "HF_TOKEN": token})
     refused = sftkit(READER)

@@ -13,14 +13,11 @@ from safetensors.torch import load_file
 from sftkit import Run, Session
 from sftkit.model import distillation_sums, load_base, load_trained, score_tokens
 from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, RunError
+from running import chat_plan, environment, nats_by_hand, real_rows, steps
 from tiny import save_tiny
 
 
-def plan_for(model, project="run", source=CHAT, **fields):
-    return Session(model, project=project, **{**dict(chat_template="chatml", max_steps=3, lr=1e-2, batch_size=4, gradient_accumulation=2), **fields}).data(source)
-
-
-def steps(run, field="loss"): return [e[field] for e in run.events if e["kind"] == "step"]
+def plan_for(model, project="run", source=CHAT, **fields): return chat_plan(model, project, source, **{**dict(max_steps=3, batch_size=4, gradient_accumulation=2), **fields})
 def notes(run): return " ".join(e["text"] for e in run.events if e["kind"] == "note")
 
 
@@ -35,16 +32,15 @@ def teacher(tmp_path_factory):
 @torch.no_grad()
 def independent_terms(student, teacher, batches, T):
     "Cross-entropy and KL(teacher || student) at temperature T, mean per trained token, row by row in float64 from full logits."
-    s, t, ce, kl, n = load_base(student).double(), load_base(teacher).double(), 0.0, 0.0, 0
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
-            ids, labels = ids[mask][None], labels[mask]
-            zs, zt = s(ids).logits[0], t(ids).logits[0]
-            for i in range(1, len(labels)):
-                if labels[i] == -100: continue
-                p, q = (zt[i - 1] / T).softmax(-1), (zs[i - 1] / T).softmax(-1)
-                kl += (p * (p / q).log()).sum().item(); ce -= zs[i - 1].log_softmax(-1)[labels[i]].item(); n += 1
-    return ce / n, kl / n
+    s, t, kl, rows = load_base(student).double(), load_base(teacher).double(), 0.0, real_rows(batches)
+    ce, n = nats_by_hand(s, rows)
+    for ids, labels in rows:
+        zs, zt = s(ids[None]).logits[0], t(ids[None]).logits[0]
+        for i in range(1, len(labels)):
+            if labels[i] == -100: continue
+            p, q = (zt[i - 1] / T).softmax(-1), (zs[i - 1] / T).softmax(-1)
+            kl += (p * (p / q).log()).sum().item()
+    return ce, kl / n
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -204,7 +200,7 @@ def test_acceptance_29_wandb_offline_writes_a_run(tiny):
     pytest.importorskip("wandb")
     code = f"from sftkit import Session\nSession({tiny!r}, project='run', chat_template='chatml', max_steps=2, batch_size=4).data('chat.jsonl').log('wandb').fit()"
     Path("chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHAT))
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = environment("WANDB")
     refused = subprocess.run([sys.executable, "-c", code], env=env | {"HOME": str(Path.cwd())}, capture_output=True, text=True)
     assert refused.returncode and "WANDB_MODE=offline" in refused.stderr and not Path("run").exists()
     subprocess.run([sys.executable, "-c", code], env=env | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=True)
@@ -299,18 +295,10 @@ def test_wrong_combinations_are_refused_together():
 
 # -- packing -----------------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def documents_loss(model_path, batches):
-    "Mean cross-entropy of the trained tokens, document by document in float64 from full logits of a freshly loaded model."
-    model, total, count = load_base(model_path).double(), 0.0, 0
-    for batch in batches:
-        for ids, labels, documents in zip(batch["input_ids"], batch["labels"], batch["documents"]):
-            for d in range(1, int(documents.max()) + 1):
-                one, wanted = ids[documents == d], labels[documents == d]
-                logp = model(one[None]).logits[0].log_softmax(-1)
-                for t in range(1, len(one)):
-                    if wanted[t] != -100: total -= logp[t - 1, wanted[t]].item(); count += 1
-    return total / count
+    "Mean cross-entropy of the trained tokens, document by document, of a freshly loaded model."
+    apart = [(ids[d == k], labels[d == k]) for b in batches for ids, labels, d in zip(b["input_ids"], b["labels"], b["documents"]) for k in range(1, int(d.max()) + 1)]
+    return nats_by_hand(load_base(model_path).double(), apart)[0]
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -419,7 +407,7 @@ def test_acceptance_30_the_command_line_launches_its_own_processes(tiny):
     Path("chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHAT[:45]))       # 45 rows: the last round is not full
     plan = lambda name, accumulation: plan_for(tiny, name, "chat.jsonl", batch_size=4, gradient_accumulation=accumulation, max_steps=-1, epochs=2)
     one = plan("one", 2).fit()
-    env = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    env = environment(CUDA_VISIBLE_DEVICES="")
     two = plan("two", 1).options(distributed_backend="ddp")
     done = subprocess.run([sys.executable, "-m", "sftkit", "llm", *two.recipe.to_args()], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "2 processes" in done.stderr, done.stderr

@@ -3,6 +3,7 @@ middle of its backward pass, after the upper layers have their gradients, which 
 import pytest
 import torch
 from conftest import CHAT
+from running import losses, steps
 from safetensors.torch import load_file
 from sftkit import Session
 from sftkit.model import decoder_layers, flat_batch, load_base, split_batch, token_loss_sum
@@ -33,8 +34,7 @@ def small_memory(monkeypatch):
     return limit
 
 
-def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
-def norms(run): return [e["grad_norm"] for e in run.events if e["kind"] == "step"]
+def norms(run): return steps(run, "grad_norm")
 
 
 @pytest.mark.parametrize("kind", ["flat", "padded", "packed", "packed by mask", "LoRA"])

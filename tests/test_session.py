@@ -1,6 +1,5 @@
 """Plans, their four spellings, and runs."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,14 @@ import pytest
 from conftest import CHAT, TEXT
 from sftkit import Recipe, Run, Session, compare, train
 from sftkit.recipe import DataError, RecipeError, RunError
+from running import environment, losses
 from tiny import write_jsonl
 
-ROOT = Path(__file__).parent.parent
-PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 FAST = dict(epochs=2, batch_size=8, gradient_accumulation=1, lr=1e-2, chat_template="chatml")
 
 
-def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
-
-
 def sftkit(*args, code=0, **env):
-    done = subprocess.run([sys.executable, "-m", "sftkit", *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH, **env})
+    done = subprocess.run([sys.executable, "-m", "sftkit", *args], capture_output=True, text=True, env=environment(**env))
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -44,7 +39,7 @@ def test_acceptance_03_four_spellings_one_run(tiny, chat_file, tmp_path):
     plan.to_yaml("r.yaml")
     from_yaml = Session.from_yaml("r.yaml").fit(project_name="yaml")
     plan.options(project_name="script").to_script("s.py")
-    subprocess.run([sys.executable, "s.py"], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True)
+    subprocess.run([sys.executable, "s.py"], check=True, env=environment(), capture_output=True)
     sftkit("llm", *plan.options(project_name="cli").recipe.to_args())
     flat = train(plan.recipe.replace(project_name="flat"))
     assert len(losses(fluent)) == 12

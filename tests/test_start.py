@@ -1,10 +1,11 @@
 """`plan.start()`: training in a worker process."""
-import json, os, signal, time
+import os, signal, time
 from pathlib import Path
 
 import psutil, pytest, torch
 from safetensors.torch import load_file
 from conftest import CHAT
+from running import losses, until
 from sftkit import Run, Session
 from sftkit.recipe import RecipeError, RunError
 
@@ -12,12 +13,11 @@ FAST = dict(epochs=1, batch_size=4, gradient_accumulation=1, lr=1e-3)
 LONG = {**FAST, "epochs": 400, "save_steps": 5}
 
 
-def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
-def reach(run, step, seconds=120):
-    end = time.time() + seconds
-    while not any(e["kind"] == "step" and e["step"] >= step for e in run.events):
-        assert time.time() < end and run.state in ("starting", "training", "paused"), (run.state, run.directory.status())
-        time.sleep(0.02)
+def reach(run, step):
+    def there():
+        assert run.state in ("starting", "training", "paused"), (run.state, run.directory.status())
+        return any(e["kind"] == "step" and e["step"] >= step for e in run.events)
+    until(there, 120)
 
 
 def test_started_run_is_the_run_of_fit(tiny, chat_file, monkeypatch):
@@ -71,8 +71,7 @@ def test_killed_worker_shows_as_died_and_is_gone_on_with(tiny, chat_file):
     os.kill(run.directory.status()["pid"], signal.SIGKILL)
     with pytest.raises(RunError, match="died") as told: run.wait(30)
     assert run.state == "died"
-    end = time.time() + 10
-    while "exit_code" not in run.directory.status() and time.time() < end: time.sleep(0.05)
+    until(lambda: "exit_code" in run.directory.status(), 10)
     error = run.directory.status()["error"]
     assert "SIGKILL" in error and "sftkit resume" in error and "goes on from step 4" in error
     resumed = plan.start(resume=True).wait(120)
@@ -89,7 +88,7 @@ def test_worker_that_dies_before_its_first_line_is_noticed(tiny, chat_file):
 
 
 def test_failing_worker_says_why(tiny, chat_file, tmp_path, monkeypatch):
-    Path("broken_trainer.py").write_text("from sftkit.training import Trainer\n\nclass Broken(Trainer):\n    def model(self, *a, **k): raise ValueError('no such luck')\n    def preprocess(self, row):\n        import os\n"
+    Path("broken_trainer.py").write_text("from sftkit.training import Trainer\n\nclass Broken(Trainer):\n    def preprocess(self, row):\n        import os\n"
                                          "        if 'SFTKIT_CLAIMED' in os.environ: raise ValueError('no such luck')\n        return super().preprocess(row)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     run = Session(tiny, "broken").data(chat_file).options(**FAST, trainer="broken_trainer:Broken").start()
@@ -102,8 +101,7 @@ def test_stop_pause_and_resume_reach_the_worker(tiny, chat_file):
     reach(run, 3)
     other = Run.open("asked")                                    # as from another notebook
     other.pause()
-    end = time.time() + 60
-    while other.state != "paused": assert time.time() < end; time.sleep(0.02)
+    until(lambda: other.state == "paused")
     at = len(losses(run)); time.sleep(0.5)
     assert len(losses(run)) == at
     other.resume(); reach(run, at + 2)

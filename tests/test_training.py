@@ -18,28 +18,15 @@ from sftkit.events import EventLog, RunDirectory, this_process
 from sftkit.model import load_base, load_trained
 from sftkit.recipe import DataError, ModelError, RecipeError, RunError
 from sftkit.training import Engine, NonFiniteLoss, Recorder, Trainer
+from running import chat_plan, environment, losses, nats_by_hand, real_rows, until
 from tiny import write_jsonl
 
-PYTHONPATH = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-
-
-def plan_for(model, source, project="run", **fields):
-    return Session(model, project=project, chat_template="chatml", epochs=1, lr=1e-2, **fields).data(source)
-
-
-def losses(run): return [e["loss"] for e in run.events if e["kind"] == "step"]
+def plan_for(model, source, project="run", **fields): return chat_plan(model, project, source, epochs=1, **fields)
 
 
 def independent_loss(model_path, batches):
-    """Mean cross-entropy of the trained tokens of `batches`, row by row without padding, in float64 from the full logits of a freshly loaded model."""
-    model, total, count = load_base(model_path).double(), 0.0, 0
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
-            ids, labels = ids[mask], labels[mask]
-            with torch.no_grad(): logp = model(ids[None]).logits[0].log_softmax(-1)
-            for t in range(1, len(ids)):
-                if labels[t] != -100: total -= logp[t - 1, labels[t]].item(); count += 1
-    return total / count
+    "Mean cross-entropy of the trained tokens of `batches`, row by row without padding, of a freshly loaded model."
+    return nats_by_hand(load_base(model_path).double(), real_rows(batches))[0]
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -189,52 +176,43 @@ run = Run.open({project!r}).resume() if {resume} else plan.fit()
 """
 
 
-def start(tiny, chat_file, project, resume=False, lora=""):
+def start(tiny, chat_file, project, lora, resume=False):
     code = KILLED.format(tests=str(Path(__file__).parent), model=tiny, project=project, data=chat_file, resume=resume, lora=lora)
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PYTHONPATH}, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("lora", ["", ".lora(r=4, dropout=0.1)"])
-@pytest.mark.parametrize("after_step", [3, 7])
-def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file, lora, after_step):
-    whole = start(tiny, chat_file, "whole", lora=lora)
-    killed = start(tiny, chat_file, "killed", lora=lora)
-    events, deadline = Path("killed/events.jsonl"), time.time() + 60
-    while f'"kind": "step", "step": {after_step}' not in (events.read_text() if events.exists() else ""):
-        assert killed.poll() is None and time.time() < deadline
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL); killed.wait()
-    assert whole.wait(60) == 0
-    run = Run.open("killed")
-    if run.state == "finished": pytest.fail("the run ended before it was killed; raise the number of steps")
-    assert run.state == "died"
-    assert start(tiny, chat_file, "killed", resume=True, lora=lora).wait(60) == 0
-    assert run.state == "finished" and losses(run) == losses(Run.open("whole")) and len(losses(run)) == 18
-    name = "adapter_model.safetensors" if lora else "model.safetensors"
-    a, b = load_file(f"whole/{name}"), load_file(f"killed/{name}")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert not list(Path("killed").glob(".saving*"))
+def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file, lora):
+    whole = start(tiny, chat_file, "whole", lora)
+    for after_step in 3, 7:
+        name = f"killed-after-{after_step}"
+        killed, events = start(tiny, chat_file, name, lora), Path(name, "events.jsonl")
+        def reached():
+            assert killed.poll() is None
+            return f'"kind": "step", "step": {after_step}' in (events.read_text() if events.exists() else "")
+        until(reached, every=0.002)
+        killed.send_signal(signal.SIGKILL); killed.wait()
+        assert whole.wait(60) == 0
+        run = Run.open(name)
+        if run.state == "finished": pytest.fail("the run ended before it was killed; raise the number of steps")
+        assert run.state == "died"
+        assert start(tiny, chat_file, name, lora, resume=True).wait(60) == 0
+        assert run.state == "finished" and losses(run) == losses(Run.open("whole")) and len(losses(run)) == 18
+        weights = "adapter_model.safetensors" if lora else "model.safetensors"
+        a, b = load_file(f"whole/{weights}"), load_file(f"{name}/{weights}")
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert not list(Path(name).glob(".saving*"))
 
 
-def test_interrupt_finishes_the_step_checkpoints_and_returns(tiny, chat_file):
+def test_interrupt_finishes_the_step_checkpoints_and_returns(tiny, chat_file, monkeypatch):
     """SIGINT arrives in mid-run; fit returns a Run; resumed it ends as if nothing had happened."""
     fields = dict(epochs=4, batch_size=4, gradient_accumulation=1, save_steps=100)
-
-    class Interrupted(Trainer):
-        def preprocess(self, row): return row
-
     plan = plan_for(tiny, chat_file, "cut").options(**fields)
-    import sftkit.training as training
-    original = training.Recorder.on_step_begin if hasattr(training.Recorder, "on_step_begin") else None
-    seen = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 5 and not seen: seen.append(1); os.kill(os.getpid(), signal.SIGINT)
-    training.Recorder.on_step_begin = on_step_begin
-    try: run = plan.fit()
-    finally:
-        if original: training.Recorder.on_step_begin = original
-        else: del training.Recorder.on_step_begin
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 5: os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as during:
+        during.setattr(Recorder, "on_step_begin", interrupt)
+        run = plan.fit()
     assert run.state == "interrupted" and run.directory.checkpoints()[-1][0] == 6 and len(losses(run)) == 6
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert isinstance(run.generate("turn on", max_new_tokens=4), str)
@@ -337,11 +315,7 @@ def test_requests_from_outside(tiny, chat_file):
     plan, seen = plan_for(tiny, chat_file).options(epochs=500, batch_size=4, gradient_accumulation=1, save_steps=10**6), []
 
     def watcher():
-        deadline = time.time() + 60
         directory = RunDirectory("run")
-        def until(test):
-            while not test():
-                assert time.time() < deadline; time.sleep(0.02)
         until(lambda: directory.status().get("state") == "training")
         directory.request("checkpoint"); until(lambda: directory.checkpoints())
         directory.request("pause"); until(lambda: directory.status()["state"] == "paused")
@@ -398,7 +372,7 @@ def test_requests_of_many_processes_at_once_are_none_lost_and_a_resumed_run_is_n
     with contextlib.closing(EventLog(directory.events_path)) as log:
         log.append("state", state="training", step=1, **this_process())
         ask = "import sys; from sftkit.events import RunDirectory; run = RunDirectory('run'); [run.request('checkpoint') for i in range(50)]"
-        asking, got = [subprocess.Popen([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": PYTHONPATH}) for _ in range(3)], []
+        asking, got = [subprocess.Popen([sys.executable, "-c", ask], env=environment()) for _ in range(3)], []
         while any(p.poll() is None for p in asking): got += directory.take_requests()
         got += directory.take_requests()
         assert got == ["checkpoint"] * 150 and directory.take_requests() == []
@@ -432,7 +406,7 @@ plan("taught").distill(tiny).fit()
 
 def test_acceptance_33_runs_and_resumes_say_nothing_but_their_own_lines(tiny, tiny_wide, tiny_gpt2, chat_file):
     """As in a terminal: in a process of its own, since pytest keeps warnings to itself."""
-    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")
     assert all(line.split(" ")[0] in ("starting", "training", "stopped", "finished") for line in done.stdout.splitlines()), done.stdout
 
@@ -454,7 +428,7 @@ def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accum
     one = plan_for(tiny, chat_file, "one", gradient_accumulation=2 * accumulation).options(**fields).fit()
     args = plan_for(tiny, chat_file, "two", gradient_accumulation=accumulation).options(**fields).recipe.to_args()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sftkit", "llm", *args],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""})
+                          capture_output=True, text=True, env=environment(CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stdout + done.stderr
     two = Run.open("two")
     assert two.state == "finished" and losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(two)) > 3
@@ -464,7 +438,7 @@ def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accum
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     failed = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sftkit", "llm",
                              *plan_for(tiny, chat_file, tiny).recipe.to_args()], capture_output=True, text=True, timeout=120,
-                            env={**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""})
+                            env=environment(CUDA_VISIBLE_DEVICES=""))
     assert failed.returncode != 0 and "holds other files" in failed.stderr
 
 

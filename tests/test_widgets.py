@@ -3,6 +3,7 @@ import io, json, logging, sys, threading, time
 from pathlib import Path
 import pytest
 from made_up_run import made_up_run
+from running import environment, until as wait_for
 from sftkit import widgets
 from sftkit.recipe import RunError
 from sftkit.view import Progress
@@ -256,7 +257,7 @@ print([t.name for t in threading.enumerate() if t.name.startswith("sftkit")], le
 @pytest.mark.parametrize("renderer, steps, most", [("widget", 100, 60_000), ("html", 100, 50_000), ("widget", 10_000, 200_000)])
 def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, most, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("PYTHONPATH", str(Path(widgets.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.format(tests=str(Path(__file__).parent), run=str(tmp_path/"run"), renderer=renderer, steps=steps, pause=0.005 if steps < 1000 else 0))])
     nbclient.NotebookClient(nb, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     saved = nbformat.writes(nb)
@@ -415,10 +416,6 @@ class Slow:
         try:
             while True: self.started.set(); time.sleep(0.002); yield "la "
         finally: self.closed.append(side)
-
-def wait_for(true, seconds=10):
-    end = time.monotonic() + seconds
-    while not true(): assert time.monotonic() < end; time.sleep(0.005)
 
 def test_each_model_goes_on_from_its_own_answers():
     c = Chat(echo, system="Be brief.")
