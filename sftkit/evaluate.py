@@ -8,6 +8,7 @@ __all__ = ['perplexity', 'generate', 'stream', 'exact_match', 'bleu', 'rouge', '
 # %% ../nbs/06_evaluate.ipynb #c48d893a
 import importlib, importlib.util, math, queue, threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig
 from .data import collate

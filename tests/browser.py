@@ -200,3 +200,11 @@ def ink(nb):
     "How many pixels of the chart are the training curve's blue."
     return nb.page.evaluate("""() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }""")
+
+
+def needed():
+    "Leave a module's tests out where there is no browser. With SFTKIT_BROWSER=required, as `.ci/run` sets it, that is an error instead."
+    import pytest
+    if not (why := missing()): return
+    if os.environ.get("SFTKIT_BROWSER") == "required": raise RuntimeError(f"The browser tests must run here, and cannot: {why}")
+    pytest.skip(f"browser tests: {why}", allow_module_level=True)

@@ -4,7 +4,7 @@ import pytest
 import browser
 from browser import ink, lab, notebook, untrusted_copy, write_notebook
 
-if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+browser.needed()
 pytestmark = pytest.mark.xdist_group("browser")        # one server for all of them
 
 TESTS = str(browser.ROOT/"tests")

@@ -8,7 +8,7 @@ from sftkit.events import RunDirectory
 from running import until
 from tiny import save_tiny, write_jsonl
 
-if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+browser.needed()
 pytestmark = pytest.mark.xdist_group("browser")
 
 PICTURE = "img[src^='data:image/svg+xml']"                                          # the static form that a live view leaves

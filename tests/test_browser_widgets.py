@@ -5,7 +5,7 @@ import browser
 from tiny import save_tiny
 from browser import lab, notebook, untrusted_copy, write_notebook
 
-if browser.missing(): pytest.skip(f"browser tests: {browser.missing()}", allow_module_level=True)
+browser.needed()
 pytestmark = pytest.mark.xdist_group("browser")
 
 START = f"""
