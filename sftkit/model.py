@@ -418,7 +418,7 @@ def save_model(
         config.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, state_dict=state, **extra)
+    with _no_progress_bar(): model.save_pretrained(folder, state_dict=state, **extra)
     (Path(folder)/"README.md").unlink(missing_ok=True)              # peft's is a form to fill in; a result gets a card that is filled in
     if extra and config is not None: config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -779,7 +779,8 @@ def _unpack_gguf(folder, name, target):
     model = load_base(os.path.join(folder, name))
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent))
-    model.save_pretrained(aside); tokenizer.save_pretrained(aside)
+    with _no_progress_bar(): model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
     try: os.replace(aside, target)
     except OSError: shutil.rmtree(aside)          # another process was first
 

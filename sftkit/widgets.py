@@ -304,7 +304,8 @@ class Publisher(threading.Thread):
         until_end:bool=False, # finish by itself when the run has ended
     ):
         super().__init__(name=f"sftkit-view-{Path(run_path).name}", daemon=True)
-        self.directory, self.renderer, self.stop_event, self.until_end = RunDirectory(run_path), renderer, stop or threading.Event(), until_end
+        self.directory = RunDirectory(Path(run_path).absolute())              # the user may change the working folder meanwhile
+        self.renderer, self.stop_event, self.until_end = renderer, stop or threading.Event(), until_end
         self.progress, self._offset, self._broken, self._quiet_since = Progress(), 0, {}, time.monotonic()
         if total_hint: self.progress.plan["total_steps"] = total_hint
         self._read()

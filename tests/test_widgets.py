@@ -15,7 +15,7 @@ def write(folder, events, pause=0.0):
     with open(folder/"events.jsonl", "a", encoding="utf-8") as f:
         for e in events: f.write(json.dumps(e) + "\n"); f.flush(); time.sleep(pause)
 
-def view_threads(): return [t.name for t in threading.enumerate() if t.name.startswith("sftkit-view")]
+def view_threads(): return [t.name for t in threading.enumerate() if t.name == "sftkit-view-run"]      # the runs of this file are called so; those of others may still be watched
 
 class Recorder:
     "A renderer that remembers what it was told."
@@ -634,3 +634,12 @@ def test_a_page_of_rows_that_fails_is_said(plan, told, monkeypatch):
     for more in (dict(start=20), dict(which="cut", row=7)): v._asked(v, {"type": "rows", "split": "training", "which": "all", "template": "llama", "start": 0, **more}, [])
     assert [(m["start"], m["which"], m["template"], m.get("row")) for m in told] == [(20, "all", "llama", None), (0, "cut", "llama", 7)] and told[0]["rows"][0]["number"] == 21
     assert all(m["rows"][0]["error"].startswith("OSError: no tokenizer <script>") and "\u202e" not in m["rows"][0]["error"] for m in told); v.close()
+
+
+def test_a_view_follows_its_run_when_the_working_folder_changes(tmp_path, monkeypatch):
+    (tmp_path/"elsewhere").mkdir(); monkeypatch.chdir(tmp_path)
+    r = Recorder()
+    with live("run", renderer=r, total_hint=20):
+        monkeypatch.chdir(tmp_path/"elsewhere")
+        write(tmp_path/"run", made_up_run(20), pause=0.001)
+    assert r.last["state"] == "finished" and [e["step"] for e in r.events if e["kind"] == "step"] == list(range(1, 21))
