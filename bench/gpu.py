@@ -1,13 +1,12 @@
 """What must hold on a GPU, checked on one: python bench/gpu.py [--layers 16 --hidden 2048] [--out GPU.json]
 
 A random Llama is made on the spot, so nothing is downloaded. Each line is a check with the numbers behind it; the exit code is the number of failed checks.
---only takes some of the groups of checks: precisions, lora, recompute, flash, packing, compiled, fsdp, distillation, optimizers, merging, memory, unsloth.
+--only takes some of the groups of checks: precisions, lora, recompute, flash, packing, compiled, distillation, optimizers, merging, memory, unsloth.
 With --tiny it runs on a CPU, to try the script itself.
 """
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 from runs import CUDA, check, device_name, failed, forget_peak, random_llama, results, write
 
 import torch
-from sftkit.events import RunDirectory
 from sftkit.export import merge
-from sftkit.model import _has_varlen, best_device, load_base, load_trained
+from sftkit.loss import _has_varlen
+from sftkit.model import best_device, load_base, load_trained
 from sftkit.recipe import ModelError, Recipe
-from sftkit.training import Trainer, train_loader
+from sftkit.training import Trainer
+from sftkit.prepare import train_loader
 from tiny import write_jsonl
 
 BEST = "bf16" if CUDA else "no"
@@ -159,19 +159,6 @@ def compiled(base):
     check("compiled layers: the losses of plain ones", gap < (0.05 if CUDA else 1e-4), largest_gap=gap, step_ms=1000 * fast[1], plain_step_ms=1000 * plain[1])
 
 
-def fsdp(base):
-    "All weights sharded over the GPUs there are. With one, the rows of an update are those of a plain run, and so are the losses."
-    processes = torch.cuda.device_count()
-    plain = fit(base.replace(project_name="unsharded", compile=False, max_steps=6))[0]
-    Path("fsdp.yaml").write_text(base.replace(project_name="fsdp", distributed_backend="fsdp", gpus=processes if processes > 1 else None, max_steps=6).to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*launcher, str(Path(__file__).resolve()), "--worker", "fsdp.yaml"], capture_output=True, text=True)
-    losses = [e["loss"] for e in RunDirectory("fsdp").events() if e["kind"] == "step"] if done.returncode == 0 else []
-    gap = largest_gap(losses, plain) if processes == 1 else 0.0
-    check("FSDP: the losses of an unsharded model, and a result that loads", len(losses) == 6 and gap < 0.05 and load_base("fsdp") is not None, processes=processes, largest_gap=gap)
-    if done.returncode: print(done.stderr[-3000:])
-
-
 def distillation(base):
     for bits in None, "int4":
         plan = base.replace(peft=True, lora_dropout=0.0, lr=1e-3, max_steps=4, project_name=f"teacher-{bits}", use_distillation=True, teacher_model=base.model, teacher_quantization=bits)
@@ -227,7 +214,7 @@ def unsloth_against_ours(base):
 
 def checks():
     "The groups of checks that this machine can make, by name, in their order."
-    found = [precisions, lora, recompute, flash, packing, compiled, *([fsdp] if CUDA else []), distillation, optimizers, merging]
+    found = [precisions, lora, recompute, flash, packing, compiled, distillation, optimizers, merging]
     groups = {f.__name__: f for f in found}
     if CUDA: groups["memory"] = memory_that_runs_out
     if CUDA and find_spec("unsloth"): groups["unsloth"] = unsloth_against_ours
@@ -242,11 +229,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", help="a file for the figures")
-    parser.add_argument("--worker", help="a recipe to carry out as one of several processes")
     a = parser.parse_args()
-    if a.worker:
-        Trainer(Recipe.from_yaml(a.worker)).fit()
-        return 0
     if a.tiny: a.layers, a.hidden = 2, 64
     out = a.out and Path(a.out).resolve()
     print(f"{device_name()}, torch {torch.__version__}, transformers {version('transformers')}, {time.strftime('%Y-%m-%d')}", flush=True)

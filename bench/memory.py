@@ -15,6 +15,8 @@ from runs import CUDA, SMALL, about, batches, device_name, forget_peak, log_norm
 
 import torch
 import sftkit.training as training
+from sftkit.model import best_device
+from sftkit.prepare import memory_forecast
 from sftkit.memory import machine
 
 BIG = dict(vocab_size=64000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=24, num_key_value_heads=8)
@@ -35,6 +37,8 @@ def jobs(tiny):
         "LoRA, packed, compiled, nothing recomputed": dict(peft=True, gradient_checkpointing=False, lora_dropout=0, compile=True, **packed),
         "LoRA on int4": dict(peft=True, quantization="int4"),
         "LoRA on int4, nothing recomputed": dict(peft=True, quantization="int4", gradient_checkpointing=False),
+        "LoRA on int8": dict(peft=True, quantization="int8"),
+        "LoRA on int8, nothing recomputed": dict(peft=True, quantization="int8", gradient_checkpointing=False),
         "LoRA on int8, packed": dict(peft=True, quantization="int8", **packed),
     }
 
@@ -46,7 +50,7 @@ def measure(folder, name, flat=True, **options):
     recipe = recipe_in(folder, name, **dict(max_steps=4, gradient_accumulation=2, batch_size=8, compile=False) | options)
     with batches(flat):
         trainer, began = training.Trainer(recipe), time.monotonic()
-        said = training.memory_forecast(trainer.data, machine(device=training.best_device()), compiled=recipe.compile is True, flat=flat)
+        said = memory_forecast(trainer.data, machine(device=best_device()), compiled=recipe.compile is True, flat=flat)
         asked = time.monotonic() - began
         run = trainer.fit()[0]
     events = run.events()

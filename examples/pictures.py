@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from sftkit import Run, Session, sample_data, sample_model
-from sftkit.view import curve_svg, series, Progress
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 sys.path.insert(0, str(DOCS.parent / "tests"))

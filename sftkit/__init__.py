@@ -3,7 +3,7 @@ import importlib
 
 __version__ = "0.1.0"
 _HOMES = dict(Session="session", Run="session", train="session", compare="session", Recipe="recipe", SftkitError="recipe",
-              sample_model="model", sample_data="data")
+              sample_model="model", sample_data="rows")
 __all__ = [*_HOMES]
 
 

@@ -76,7 +76,7 @@ function mountChat(model, root, store) {
     for (const s of sides) {
       const [a, e] = d.cells[s];
       a.hidden = !writing && t[s] == null; a.classList.toggle("c-writing", s === now);
-      put(e, t[s] != null ? (t[s] || (writing ? "" : "(said nothing)")) : ""); e.classList.toggle("c-none", t[s] === "");
+      put(e, t[s] == null ? "" : writing ? t[s] : t[s].trimEnd() || "(blank)"); e.classList.toggle("c-none", t[s] != null && !t[s].trim() && !writing);
     }
     d.note.hidden = !t.note || writing; put(d.note, t.note && !writing ? t.note : "");
     d.note.className = t.note === "stopped" ? "p-notice" : "p-notice p-bad";

@@ -97,10 +97,12 @@ The assistant gives helpful, detailed, and polite answers to the user's question
 _ALPACA = _TURNS + """{% for message in turns %}
 {% if message['role'] == 'user' %}
 {% set split = message['instruction'] and message['input'] %}
-{% if loop.first %}{% if system %}{{ system }}{% elif split %}{{ 'Below is an instruction that describes a task, paired with an input that provides further context. \
+{% if loop.first %}
+{% if system %}{{ system }}{% elif split %}{{ 'Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.' }}{% else %}{{ 'Below is an instruction that describes a task. \
 Write a response that appropriately completes the request.' }}{% endif %}{% endif %}
-{{ '\\n\\n### Instruction:\\n' + (message['instruction'] if split else message['content']) }}{% if split %}{{ '\\n\\n### Input:\\n' + message['input'] }}{% endif %}
+{{ '\\n\\n### Instruction:\\n' + (message['instruction'] if split else message['content']) }}
+{%- if split %}{{ '\\n\\n### Input:\\n' + message['input'] }}{% endif %}
 {% else %}{{ '\\n\\n### Response:\\n' + message['content'] }}{{ eos_token or '' }}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
@@ -125,14 +127,16 @@ def resolve_template(
     if chat_template is None and not named: return known["chatml"]
     if chat_template is None or chat_template == "own" or (chat_template in named and chat_template != "default"):
         key = chat_template if chat_template in named else "default"
-        if key not in named: raise TemplateError(f"The tokenizer has no default chat template, only: {', '.join(named) or 'none'}. Name one: --chat-template NAME")
+        if key not in named:
+            raise TemplateError(f"The tokenizer has no default chat template, only: {', '.join(named) or 'none'}. Name one: --chat-template NAME")
         return _checked(ChatTemplate("own", named[key]))
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
     elif os.path.isfile(path := os.path.expanduser(chat_template)): # False, not an error, for a text that can't be a file's name
         source = Path(path).read_text(encoding="utf-8")
     else:
-        raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, or the path of a .jinja file."
+        raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, "
+                            "or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
 
@@ -144,7 +148,8 @@ def _checked(template): # -> the same template, once its Jinja source has compil
     from transformers.utils.chat_template_utils import _compile_jinja_template
     try: _compile_jinja_template(template.jinja)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}. Correct the source, or name a built-in one: {', '.join(templates())}.") from error
+        raise TemplateError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}. Correct the source, or name a built-in one: "
+                            f"{', '.join(templates())}.") from error
     return template
 
 # %% ../nbs/02_chat.ipynb #f370bc1d
@@ -161,9 +166,11 @@ def missing_markers(
 # %% ../nbs/02_chat.ipynb #085dac59
 def _a(noun): return ("an " if noun[0] in "aei" else "a ") + noun
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
+          "bot": "assistant",
           "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"}
-_FOLLOWS = {None: ("system", "user"), "system": ("user", "assistant"), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
+_FOLLOWS = {None: ("system", "user"), "system": ("user", "assistant"), "user": ("assistant",), "assistant": ("user", "tool"),
+            "tool": ("tool", "assistant", "user")}
 
 def check_messages(
     messages, # list of {"role", "content"} or {"from", "value"} dicts
@@ -173,25 +180,31 @@ def check_messages(
     "A conversation in one form. Raises `DataError` naming `where` and the message."
     if hasattr(messages, "tolist"): messages = messages.tolist()
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise DataError(f"{where}: a conversation should be a non-empty list of messages, not {_short(messages)}. Write [{{'role': 'user', 'content': '...'}}, {{'role': 'assistant', 'content': '...'}}].")
+        raise DataError(f"{where}: a conversation should be a non-empty list of messages, not {_short(messages)}. Write [{{'role': 'user', 'content': "
+                        f"'...'}}, {{'role': 'assistant', 'content': '...'}}].")
     clean, before = [], None
     for n, message in enumerate(messages, 1):
         message = _clean_message(message, f"{where}, message {n}")
         role = message["role"]
         if role not in _FOLLOWS[before]:
-            raise DataError(f"{where}, message {n}: {_a(role)} message cannot {f'follow {_a(before)} message' if before else 'open a conversation'}; here comes: {', '.join(_FOLLOWS[before])}. "
+            raise DataError(f"{where}, message {n}: {_a(role)} message cannot {f'follow {_a(before)} message' if before else 'open a conversation'}; "
+                            f"here comes: {', '.join(_FOLLOWS[before])}. "
                             f"{_ORDER_HINTS.get((before, role), 'Reorder the messages, or drop this row.')}")
         clean.append(message); before = role
     if needs_reply and not any(m["role"] == "assistant" for m in clean):
-        raise DataError(f"{where}: the conversation has no assistant message, so there is nothing to learn. Roles here: {', '.join(m['role'] for m in clean)}. Add the reply, or drop this row.")
+        raise DataError(f"{where}: the conversation has no assistant message, so there is nothing to learn. Roles here: "
+                        f"{', '.join(m['role'] for m in clean)}. Add the reply, or drop this row.")
     return clean
 
-_ORDER_HINTS = {("user", "user"): "Merge the two into one message.", ("assistant", "assistant"): "Merge the two into one message.", ("system", "system"): "Merge the two into one message.",
-                (None, "assistant"): "Put the user message that it answers before it, or a system message; or drop such openings with .map(lambda row: {**row, 'messages': row['messages'][1:]})."}
+_ORDER_HINTS = {("user", "user"): "Merge the two into one message.", ("assistant", "assistant"): "Merge the two into one message.",
+                ("system", "system"): "Merge the two into one message.",
+                (None, "assistant"): "Put the user message that it answers before it, or a system message; or drop such openings with .map(fn), "
+                                     "where fn leaves the first message out."}
 
 # %% ../nbs/02_chat.ipynb #8051f8c0
 def _clean_message(message, where): # -> dict with role, content and whatever else the message carries
-    if not isinstance(message, dict): raise DataError(f"{where} should be a dict with `role` and `content`, not {_short(message)}. Write {{'role': 'user', 'content': '...'}}.")
+    if not isinstance(message, dict):
+        raise DataError(f"{where} should be a dict with `role` and `content`, not {_short(message)}. Write {{'role': 'user', 'content': '...'}}.")
     given = {k: v for k, v in message.items() if v is not None}
     speaker = given.pop("role", None) or given.pop("from", None)
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
@@ -202,10 +215,13 @@ def _clean_message(message, where): # -> dict with role, content and whatever el
     if speaker == "function_call": given["tool_calls"], content = content, ""
     calls = _tool_calls(given.pop("tool_calls", None), where)
     if content is None and given.get("instruction"): content = "\n\n".join(str(given[k]) for k in ("instruction", "input") if given.get(k))
-    if content is None and not calls: raise DataError(f"{where} ({role}) has no content. Accepted: text, or a list of text parts; only an assistant message with `tool_calls` may leave it out.")
+    if content is None and not calls:
+        raise DataError(f"{where} ({role}) has no content. Accepted: text, or a list of text parts; "
+                        "only an assistant message with `tool_calls` may leave it out.")
     if role in ("user", "assistant") and not calls and not any(given.get(k) for k in ("reasoning_content", "thinking", "reasoning")) and not content.strip():
         raise DataError(f"{where} ({role}) is empty. Write the {'question' if role == 'user' else 'reply'}, or drop this row.")
-    if calls and role != "assistant": raise DataError(f"{where}: a {role} message cannot call tools, only an assistant message can. Change its role, or drop `tool_calls`.")
+    if calls and role != "assistant":
+        raise DataError(f"{where}: a {role} message cannot call tools, only an assistant message can. Change its role, or drop `tool_calls`.")
     return {"role": role, "content": content or "", **given, **({"tool_calls": calls} if calls else {})}
 
 # %% ../nbs/02_chat.ipynb #d1631b48
@@ -222,7 +238,8 @@ def _content(content, where): # -> str, or None when there is none
 def _tool_calls(calls, where): # -> list of {"type", "function": {"name", "arguments"}}, arguments as values
     if isinstance(calls, str):
         try: calls = json.loads(calls)
-        except json.JSONDecodeError as error: raise DataError(f"{where}: the tool call is not JSON: {error}. Write {{\"name\": \"...\", \"arguments\": {{...}}}}.") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: the tool call is not JSON: {error}. Write {{\"name\": \"...\", \"arguments\": {{...}}}}.") from error
     if hasattr(calls, "tolist"): calls = calls.tolist()
     clean = []
     for call in ([calls] if isinstance(calls, dict) else calls or []):
@@ -233,13 +250,15 @@ def _tool_calls(calls, where): # -> list of {"type", "function": {"name", "argum
         if isinstance(arguments, str):
             try: arguments = json.loads(arguments)
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: the arguments of tool call `{function['name']}` are not JSON: {error}. Write them as a dict or as JSON text.") from error
+                raise DataError(f"{where}: the arguments of tool call `{function['name']}` are not JSON: {error}. "
+                                "Write them as a dict or as JSON text.") from error
         extra = {k: v for k, v in call.items() if k in ("id",) and v is not None}
         clean.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return clean
 
 # %% ../nbs/02_chat.ipynb #70ee034b
-_JINJA_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) # raise_exception and syntax; str + dict; apply_chat_template's own; range too big
+# raise_exception and syntax; str + dict; apply_chat_template's own; range too big
+_JINJA_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
 def _common(a, b): # -> length of the common prefix, by bisection
     low, high = 0, min(len(a), len(b))
@@ -255,10 +274,15 @@ class _Writer:
     tokenizer:object
     tools:list|None=None
     def text(self, messages, generation=False): # -> what `tokenizer.apply_chat_template` writes
-        try: return self.tokenizer.apply_chat_template(messages, tools=self.tools or None, chat_template=self.template.jinja, add_generation_prompt=generation, tokenize=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=self.tools or None, chat_template=self.template.jinja, add_generation_prompt=generation,
+                                                      tokenize=False)
         except _JINJA_ERRORS as error:
-            raise TemplateError(f"The chat template `{self.template.name}` does not render this conversation (roles: {', '.join(m['role'] for m in messages)}): {error}. "
-                                f"Change the conversation, or choose a template that fits: --chat-template with one of {', '.join(templates())}, or a Jinja source.") from error
+            own = "the model's own (no --chat-template), if it has a format for it" # no built-in one has a format for tools or further roles
+            others = own if "no format for" in str(error) else f"--chat-template with one of {', '.join(n for n in templates() if n != self.template.name)}"
+            raise TemplateError(f"The chat template `{self.template.name}` does not render this conversation (roles: "
+                                f"{', '.join(m['role'] for m in messages)}): {error}. "
+                                f"Change the conversation, or choose a template that fits: {others}, or a Jinja source.") from error
     @cached_property
     def ends(self): # -> tuple of the tokens that may end a turn: not BOS, and not </tool_call> and the like, which close a part of a reply
         tokens = {*self.template.markers, *(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special or t.content in self.template.jinja)}
@@ -292,7 +316,8 @@ def _formed(messages, writer): # -> the messages in the form this template reads
     return messages
 
 def _arguments_as_text(message): # -> message whose tool calls carry JSON text
-    calls = [{**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} for c in message.get("tool_calls", ())]
+    text = lambda function: {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    calls = [{**c, "function": text(c["function"])} for c in message.get("tool_calls", ())]
     return {**message, "tool_calls": calls} if calls else message
 
 # %% ../nbs/02_chat.ipynb #803b77e4
@@ -453,7 +478,8 @@ def _reply_start(text, i, messages, piece, writer): # -> first trained character
     if prompt is not None and prefix and start < len(prompt) <= end: return len(prompt), True
     header = 0 if prompt is not None and prefix and len(prompt) == start else _header(text[start:end], messages[:i], writer)
     if header is None:
-        raise TemplateError(f"In the chat template `{writer.template.name}` message {i + 1} (assistant) does not start with the generation prompt, so what is learned cannot be told from what is given. "
+        raise TemplateError(f"In the chat template `{writer.template.name}` message {i + 1} (assistant) does not start with the generation prompt, "
+                            "so what is learned cannot be told from what is given. "
                             f"Use a built-in template ({', '.join(templates())}), or one whose generation prompt is what it writes before each reply.")
     if header or prefix and prompt is not None and prompt != writer.text(messages[:i]): return start + header, prefix
     usual = writer.usual[0] # a header where this turn's prompt has none is still no part of the reply
@@ -463,7 +489,9 @@ def _reply(text, i, messages, regions, writer): # -> trained ranges of assistant
     pieces, notes = regions.get(i, []), []
     if not pieces: return [], notes
     begin, prefix = _reply_start(text, i, messages, pieces[0], writer)
-    if not prefix: notes.append(f"Chat template `{writer.template.name}`: what is sent for a reply at inference is not a prefix of the training text; it writes earlier turns, or the start of the reply, differently.")
+    if not prefix:
+        notes.append(f"Chat template `{writer.template.name}`: what is sent for a reply at inference is not a prefix of the training text; "
+                     "it writes earlier turns, or the start of the reply, differently.")
     goes_on = any(r[0][0] == pieces[-1][1] for j, r in regions.items() if messages[j]["role"] == "assistant") # the next reply continues this turn
     trained = []
     for n, (a, b) in enumerate([(begin, pieces[0][1]), *pieces[1:]]):
@@ -491,8 +519,10 @@ def _probed(text, messages, spoken, writer): # -> {assistant message index: [(st
         message = messages[i]
         place = None if message.get("tool_calls") else _located(text, i, messages, writer)
         if place is None:
-            if not message.get("tool_calls") and not _changes(text, i, messages, None, writer): raise _lost(writer, i, message, f"its content, {_short(_plain(message))}")
-            raise TemplateError(f"The chat template `{writer.template.name}` writes the messages in a way that cannot be followed, so what is learned of message {i + 1} is unknown. "
+            if not message.get("tool_calls") and not _changes(text, i, messages, None, writer):
+                raise _lost(writer, i, message, f"its content, {_short(_plain(message))}")
+            raise TemplateError(f"The chat template `{writer.template.name}` writes the messages in a way that cannot be followed, "
+                                f"so what is learned of message {i + 1} is unknown. "
                                 f"Write them in a loop, {{% for message in messages %}}, or use a built-in template: {', '.join(templates())}.")
         try: prompt = writer.text(messages[:i], generation=True) if i else ""
         except TemplateError: prompt = text # no help
@@ -510,15 +540,19 @@ def _check_kept(text, messages, regions, replies, writer): # raises TemplateErro
             raise _lost(writer, i, message, f"its content, {_short(_plain(message))}")
     for tool in writer.tools or ():
         name = tool.get("function", tool).get("name", "") if isinstance(tool, dict) else tool.__name__
-        if name not in text: raise TemplateError(f"The chat template `{writer.template.name}` does not tell the model about the tool `{name}`. Use a template with a format for tools, or drop `tools`.")
+        if name not in text:
+            raise TemplateError(f"The chat template `{writer.template.name}` does not tell the model about the tool `{name}`. "
+                                "Use a template with a format for tools, or drop `tools`.")
 
 def _lost(writer, i, message, what): # -> the error to raise
-    return TemplateError(f"The chat template `{writer.template.name}` leaves out {what} (message {i + 1}, {message['role']}). Use a template that has a format for it, or take it out of the data.")
+    return TemplateError(f"The chat template `{writer.template.name}` leaves out {what} (message {i + 1}, {message['role']}). "
+                         "Use a template that has a format for it, or take it out of the data.")
 
 def _shown(message, where): # -> bool: the content stands there, whole, after its thinking, or as JSON
     content = _plain(message).strip()
     forms = (content, content.split("</think>")[-1].strip(), json.dumps(content, ensure_ascii=False)[1:-1])
-    return any(form and form in where for form in forms) or bool(message.get("instruction")) and all(str(message.get(k, "")) in where for k in ("instruction", "input"))
+    if any(form and form in where for form in forms): return True
+    return bool(message.get("instruction")) and all(str(message.get(k, "")) in where for k in ("instruction", "input"))
 
 def _changes(text, i, messages, replies, writer): # -> bool: another content would change the text, a reply's only within what is trained
     try: other = writer.text([*messages[:i], _with_content(messages[i], "sftkit"), *messages[i + 1:]])
@@ -536,7 +570,8 @@ def _spans(text, messages, regions, replies, writer): # -> tuple of Span coverin
         if message["role"] == "assistant": continue
         whole = _plain(message)
         if not regions.get(i) and whole.strip(): loose.append(i)
-        parts = [whole] if any(whole.strip() in text[a:b] for a, b in regions.get(i, [])) else [message[k] for k in ("instruction", "input") if message.get(k)] or [whole]
+        parts = [whole] if any(whole.strip() in text[a:b] for a,
+                               b in regions.get(i, [])) else [message[k] for k in ("instruction", "input") if message.get(k)] or [whole]
         for part in parts:
             found = [(a + f[0], a + f[1]) for a, b in regions.get(i, []) if (f := _find_content(text[a:b], {"content": part}, writer.ends))]
             for a, b in found or regions.get(i, []): spans = _paint(spans, Span(a, b, message["role"], False))

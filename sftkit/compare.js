@@ -86,7 +86,9 @@ function mountCompare(model, root, store) {
       words.push([run.ink, `${i + 1} ${run.name}: ${p[3].toFixed(3)} at step ${count(p[0])}`]);
     }
     ends.sort((a, b) => a[0] - b[0]);
-    ends.forEach((e, i) => { if (i) e[0] = Math.max(e[0], ends[i - 1][0] + 13); label(e[2], e[1], e[0], "start", { fill: e[3], "fill-opacity": 1, "font-weight": 600, "font-size": 12 }); });
+    ends.forEach((e, i) => { // apart where they stand close, as sftkit.charts does it
+      for (const other of ends.slice(0, i)) if (Math.abs(e[1] - other[1]) < 13) e[0] = Math.max(e[0], other[0] + 13);
+      label(e[2], e[1], e[0], "start", { fill: e[3], "fill-opacity": 1, "font-weight": 600, "font-size": 12 }); });
     if (hover != null && hover >= left && hover <= right) rule(hover, topY, hover, bottom, 0.5);
     if (words.length) for (const [ink, w] of words) { const e = node("span", "", read); node("span", "m-dot", e).style.background = ink; e.append(w); }
     else node("span", "", read, "Lines: training loss, smoothed. Rings: evaluation.");

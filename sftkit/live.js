@@ -11,7 +11,7 @@ const COMMANDS = {
   evaluate: ["◎ Evaluate", "Evaluate on the held-out rows after this step and go on"],
 };
 const CSS = `
-.sft-live{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:760px;padding:2px 0 6px}
+.sft-live{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:760px;padding:2px 0 6px;container-type:inline-size}
 .sft-live *{box-sizing:border-box}
 .sft-head{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;margin:2px 0 8px}
 .sft-head b{font-size:15px;overflow-wrap:anywhere}
@@ -23,8 +23,8 @@ const CSS = `
 .sft-buttons button:hover:not(:disabled){background:rgba(128,128,128,.16)} .sft-buttons button:focus-visible{outline:2px solid ${TRAIN};outline-offset:1px}
 .sft-buttons button:disabled{opacity:.55;cursor:default}
 .sft-bar{height:3px;background:rgba(128,128,128,.22);border-radius:2px;margin:0 0 10px;overflow:hidden} .sft-bar div{height:100%;background:${TRAIN};border-radius:2px}
-.sft-tiles{display:flex;flex-wrap:wrap;gap:4px 22px;margin-bottom:6px;font-variant-numeric:tabular-nums}
-.sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:17px;font-weight:600;white-space:nowrap}
+.sft-tiles{display:flex;flex-wrap:wrap;gap:4px 14px;margin-bottom:6px;font-variant-numeric:tabular-nums}
+.sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:clamp(12px,calc((100cqi - var(--tiles)*14px)/(var(--letters)*.62)),17px);font-weight:600;white-space:nowrap}
 .sft-chart{position:relative} .sft-chart canvas{display:block;width:100%;height:250px}
 .sft-under{display:flex;align-items:center;gap:4px 14px;min-height:20px;font-size:12px;margin-bottom:4px} .sft-read{margin-left:auto;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-variant-numeric:tabular-nums}
 .sft-panels{display:flex;flex-wrap:wrap;gap:4px 16px;margin-bottom:6px} .sft-panels div{flex:1 1 170px;min-width:0;font-size:11px} .sft-panels span{opacity:.75;font-variant-numeric:tabular-nums} .sft-panels canvas{display:block;width:100%;height:44px}
@@ -43,12 +43,14 @@ const CSS = `
 
 const figure = (v) => v == null ? "–" : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
 
-// Bias-corrected exponential moving average; `span` in steps, so that a thinned-out history is smoothed like a full one.
-function smooth(points, span) {
+// Bias-corrected exponential moving average over a `share` of the steps so far, at least 3 points, as sftkit.charts.Average; in steps, so that a thinned-out
+// history is smoothed like a full one.
+function smooth(points, share) {
+  const spacing = points.length && Math.max(1, points[points.length - 1][0] / points.length);
   let mean = 0, weight = 0, last = null;
   return points.map(([x, y]) => {
     if (y != null) {
-      const b = span > 0 ? Math.exp(-(last == null ? 1 : x - last) / span) : 0;
+      const b = share > 0 ? Math.exp(-(last == null ? 1 : x - last) / Math.max(3 * spacing, share * x)) : 0;
       mean = b * mean + (1 - b) * y; weight = b * weight + (1 - b); last = x;
     }
     return weight ? mean / weight : null;
@@ -99,14 +101,14 @@ function drawChart(canvas, run, state) {
   state.pick = null;
   if (!run.points.length && !run.evals.length) {
     c.font = `13px ${font}`; c.textAlign = "center"; c.fillStyle = ink; c.globalAlpha = 0.7;
-    c.fillText(run.facts.state === "training" ? "waiting for the first step …" : "loading the model and the data …", width / 2, height / 2);
+    c.fillText(run.facts.state === "training" ? "waiting for the first step …" : run.facts.doing ? `${run.facts.doing} …` : "loading the model and the data …", width / 2, height / 2);
     c.globalAlpha = 1;
     return;
   }
   const left = 46, top = 28, right = width - 52, bottom = height - 34;
   const { points, evals, marks, facts } = run, last = points.length ? points[points.length - 1][0] : 0;
-  const dense = points.length > FEW, span = state.smoothing && Math.max(3, state.smoothing * last);
-  const smoothed = dense ? smooth(points, span) : points.map((p) => p[1]);
+  const dense = points.length > FEW;
+  const smoothed = dense ? smooth(points, state.smoothing) : points.map((p) => p[1]);
   const end = Math.max(Math.min(facts.total_steps || Infinity, Math.ceil(Math.max(last * 1.12, 10))), last, 1);
   const [low, high] = range(points, smoothed, evals);
   const fx = (v) => left + v / end * (right - left), fy = (v) => bottom - (Math.min(Math.max(v, low), high) - low) / (high - low) * (bottom - top);
@@ -125,8 +127,11 @@ function drawChart(canvas, run, state) {
   if (dense) key("smoothed", TRAIN, 1, []);
   key("loss of each step", TRAIN, dense ? 0.5 : 1, []);
   if (evals.length) key("evaluation", EVAL, 1, [3, 3], true);
-  let free = left;
+  let free = left, next = Infinity;
+  const apart = new Set(); // checkpoints that are drawn: the last, and those far enough from the next
+  for (const m of [...marks].reverse()) if (m.kind === "checkpoint" && fx(m.step) <= next - 9) { apart.add(m); next = fx(m.step); }
   for (const m of marks) {
+    if (m.kind === "checkpoint" && !apart.has(m)) continue;
     const at = fx(m.step), color = ["failed", "warning", "not finite"].includes(m.kind) ? ALARM : ink;
     if (m.kind === "checkpoint") { c.fillStyle = ink; c.globalAlpha = 0.6; c.beginPath(); c.moveTo(at, bottom - 4); c.lineTo(at + 4, bottom); c.lineTo(at, bottom + 4); c.lineTo(at - 4, bottom); c.fill(); c.globalAlpha = 1; continue; }
     line(at, top, at, bottom, 0.55, [2, 3], color);
@@ -149,6 +154,8 @@ function drawChart(canvas, run, state) {
   for (const [a, b] of evals) if (b != null) { c.beginPath(); c.arc(fx(a), fy(b), 3.4, 0, 7); c.stroke(); }
   const ends = [[smoothed, TRAIN], [evals.map((e) => e[1]), EVAL]].map(([v, color]) => [v.filter((y) => y != null).pop(), color]).filter((e) => e[0] != null).map(([v, color]) => [fy(v) + 4, v, color]).sort((a, b) => a[0] - b[0]);
   if (ends.length === 2 && ends[1][0] - ends[0][0] < 13) { const mid = (ends[0][0] + ends[1][0]) / 2; ends[0][0] = mid - 6.5; ends[1][0] = mid + 6.5; }
+  for (const e of ends) e[0] = Math.min(e[0], bottom - 5); // above the axis
+  if (ends.length === 2 && ends[1][0] - ends[0][0] < 13) ends[0][0] = ends[1][0] - 13;
   const endX = Math.min(fx(Math.max(last, ...evals.slice(-1).map((e) => e[0]))) + 9, right + 6);
   for (const [y, v, color] of ends) text(v < 100 ? v.toFixed(3) : figure(v), endX, y, "left", color, 1, "600");
   const spike = points.reduce((m, p) => p[1] != null && p[1] > (m ? m[1] : -Infinity) ? p : m, null);
@@ -235,7 +242,10 @@ function mount(model, el, run) {
     badge.textContent = f.badge || "◌ starting"; badge.dataset.state = f.state || "starting";
     name.textContent = f.model || "";
     bar.parentNode.hidden = !f.total_steps; bar.style.width = f.total_steps ? `${Math.min(100, 100 * f.step / f.total_steps)}%` : 0;
-    tiles.replaceChildren(...(f.headline || []).map(([k, v]) => { const d = node("div"); node("span", "", d, k); node("b", "", d, v); return d; }));
+    const headline = f.headline || [];
+    tiles.replaceChildren(...headline.map(([k, v]) => { const d = node("div"); node("span", "", d, k); node("b", "", d, v); return d; }));
+    tiles.style.setProperty("--tiles", headline.length); // the figures are as large as fits into one line
+    tiles.style.setProperty("--letters", headline.reduce((n, [k, v]) => n + Math.max(v.length, 0.6 * k.length), 1));
     gauge.hidden = !f.gauge; words.textContent = f.memory_words || "";
     if (f.gauge) { f.gauge.forEach((v, i) => { bars[i].style[i === 2 ? "left" : "width"] = i === 2 ? `calc(${100 * v}% - 2px)` : `${100 * v}%`; }); gauge.className = f.gauge[2] > 0.92 ? "sft-gauge sft-full" : "sft-gauge"; }
     const shown = JSON.stringify(f.gauge_parts || []);

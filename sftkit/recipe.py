@@ -4,17 +4,25 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError', 'ModelError', 'RunError', 'first_line',
-           'did_you_mean', 'write_atomic', 'Recipe', 'recipe_fields', 'unknown_field', 'check_fields', 'raise_all',
-           'local_name', 'hub_name', 'check_hub_name', 'conflicts', 'parse_args']
+           'failure_text', 'did_you_mean', 'write_atomic', 'Recipe', 'recipe_fields', 'meant_field', 'unknown_field',
+           'check_fields', 'raise_all', 'local_name', 'hub_name', 'check_hub_name', 'conflicts', 'generates',
+           'evaluates', 'without_effect', 'hub_access', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import dataclasses, difflib, math, os, re, types, typing, uuid
+import contextlib, dataclasses, difflib, logging, math, os, re, types, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/00_recipe.ipynb #8422c694
 class SftkitError(Exception):
-    "Base of every error sftkit raises on purpose; its text is the whole message."
+    "Base of every error sftkit raises on purpose; its text is the whole message, so a notebook shows it below the lines of the user's own that led to it."
+    def _render_traceback_(self): # IPython asks for this; `%debug` still sees all frames
+        from IPython import get_ipython
+        frames, tb = [], self.__traceback__
+        while tb and not tb.tb_frame.f_globals.get("__name__", "").startswith("sftkit."): frames, tb = [*frames, tb], tb.tb_next
+        for frame in reversed(frames): tb = types.TracebackType(None if frame is frames[-1] else tb, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        return get_ipython().InteractiveTB.structured_traceback(type(self), self, tb or self.__traceback__)
+
 class RecipeError(SftkitError):
     "A recipe that cannot be carried out."
 class DataError(SftkitError):
@@ -34,13 +42,20 @@ def first_line(
     "The first line of what an error says."
     return next(iter(str(error).strip().splitlines()), "")[:limit]
 
+def failure_text(
+    error:BaseException,
+)->str: # what a reader is told
+    "An error of sftkit is its own message; any other is told with its type."
+    return str(error) if isinstance(error, SftkitError) else f"{type(error).__name__}: {error}"
+
 def did_you_mean(
     name:str, # what was given
     choices, # iterable of accepted names
-)->str: # " Did you mean `x`?", or "" when nothing is near
+)->str: # " Did you mean `x`?", or "" when nothing is near, or two are alike
     "A suggestion to end an error message with."
-    near = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f" Did you mean `{near[0]}`?" if near else ""
+    likeness = lambda c: difflib.SequenceMatcher(None, c, str(name)).ratio()
+    near = difflib.get_close_matches(str(name), dict.fromkeys(str(c) for c in choices), n=2, cutoff=0.5)
+    return f" Did you mean `{near[0]}`?" if near and (len(near) == 1 or likeness(near[0]) > likeness(near[1])) else ""
 
 # %% ../nbs/00_recipe.ipynb #0c41bc53
 def _opt(default, group, doc, **limits):
@@ -78,14 +93,16 @@ class Recipe:
     model: str = _opt(..., "core", "hub id or folder of the model to train")
     data_path: str = _opt(..., "core", "file (CSV, JSON, JSONL, Parquet), folder of files, or hub id of the training data")
     project_name: str = _opt(..., "core", "the run directory: everything the run writes goes there")
-    text_column: str = _opt("text", "core", "column to train on; where it is absent, messages, prompt+completion, instruction+output and question+answer are recognised")
+    text_column: str = _opt("text", "core", "column to train on; where it is absent, messages, prompt+completion, instruction+output and question+answer are "
+                                            "recognised")
     trainer: str = _opt("sft", "core", "`sft`, or `module:Class` of a trainer of your own")
     train_split: str = _opt("train", "core", "split of the data to train on")
     valid_path: str|None = _opt(None, "core", "data to evaluate on")
     valid_split: str|float|None = _opt(None, "core", "split to evaluate on; or a share (0.1) or number (200) of training rows to hold out for it")
     seed: int = _opt(42, "core", "seed of shuffling, dropout and initialisation", low=0, high=2**32 - 1)
     resume: bool|None = _opt(None, "core", "True: go on with the unfinished run of this name; False: start afresh and keep that one aside")
-    continue_from: str|None = _opt(None, "core", "run directory or checkpoint whose weights (or adapter) a new run starts from; its steps, optimizer and schedule start anew")
+    continue_from: str|None = _opt(None, "core", "run directory or checkpoint whose weights (or adapter) a new run starts from; its steps, optimizer and "
+                                                 "schedule start anew")
 
     epochs: float = _opt(3, "training", "passes over the training data", above=0)
     max_steps: int = _opt(-1, "training", "optimizer steps; -1: as many as the epochs take", low=-1)
@@ -105,10 +122,12 @@ class Recipe:
 
     max_seq_length: int = _opt(2048, "text", "tokens per row; what is beyond is cut off", low=2)
     padding: str = _opt("right", "text", "side on which short rows are padded", choices=("right", "left"))
-    chat_template: str|None = _opt(None, "text", "chatml, zephyr, llama, llama3, alpaca, vicuna, mistral, a Jinja source or a .jinja file; None: the model's own, else chatml")
+    chat_template: str|None = _opt(None, "text", "chatml, zephyr, llama, llama3, alpaca, vicuna, mistral, a Jinja source or a .jinja file; None: the model's "
+                                                 "own, else chatml")
     add_eos_token: bool = _opt(True, "text", "end plain text with the end-of-sequence token, and train it")
     block_size: int = _opt(-1, "text", "join plain text and cut it into blocks of this many tokens; -1: one row, one example", low=-1)
-    train_on: str = _opt("auto", "text", "tokens to train: auto = the assistant's or the completion's where roles are known, else all", choices=("auto", "assistant", "completion", "all"))
+    train_on: str = _opt("auto", "text", "tokens to train: auto = the assistant's or the completion's where roles are known, else all",
+                         choices=("auto", "assistant", "completion", "all"))
 
     peft: bool = _opt(False, "LoRA", "train a LoRA adapter instead of all weights")
     lora_r: int = _opt(16, "LoRA", "rank", low=1)
@@ -124,10 +143,12 @@ class Recipe:
     quantization: str|None = _opt(None, "optimisation", "hold the frozen base weights in 4 bit (nf4, double quantisation) or 8 bit", choices=("int4", "int8"))
     mixed_precision: str|None = _opt(None, "optimisation", "bf16, fp16 or no; None: the best the device has", choices=("bf16", "fp16", "no"))
     use_flash_attention_2: bool = _opt(False, "optimisation", "use flash-attn; a fallback with the same results is named")
-    gradient_checkpointing: bool|str = _opt(True, "optimisation", "recompute activations in the backward pass to save memory; auto: only where a GPU needs it", choices=(True, False, "auto"))
+    gradient_checkpointing: bool|str = _opt(True, "optimisation", "recompute activations in the backward pass to save memory; auto: only where a GPU needs it",
+                                            choices=(True, False, "auto"))
     unsloth: bool = _opt(False, "optimisation", "use Unsloth's kernels")
     packing: bool = _opt(False, "optimisation", "several rows in one sequence, never attending to each other")
-    compile: bool|str = _opt("auto", "optimisation", "compile the layers; auto: on a GPU, in runs long enough to be worth the first step's delay", choices=(True, False, "auto"))
+    compile: bool|str = _opt("auto", "optimisation", "compile the layers; auto: on a GPU, in runs long enough to be worth the first step's delay",
+                             choices=(True, False, "auto"))
 
     use_distillation: bool = _opt(False, "distillation", "learn from a teacher's distribution too")
     teacher_model: str|None = _opt(None, "distillation", "hub id or folder of the teacher")
@@ -155,7 +176,8 @@ class Recipe:
 
     def __init__(self, **values):
         values, mistakes = check_fields(values)
-        mistakes += [f"`{n}` is missing: {f.metadata['doc']}." for n, f in recipe_fields().items() if _required(f) and n not in values and not any(f"`{n}`" in m for m in mistakes)]
+        missing = [n for n, f in recipe_fields().items() if _required(f) and n not in values and not any(f"`{n}`" in m for m in mistakes)]
+        mistakes += [f"`{n}` is missing: {recipe_fields()[n].metadata['doc']}{_STEP_FOR.get(n, '')}." for n in missing]
         for name, f in recipe_fields().items():
             object.__setattr__(self, name, values.get(name, None if _required(f) else f.default))
         raise_all(mistakes or conflicts(self))
@@ -198,6 +220,7 @@ def recipe_fields()->dict[str, dataclasses.Field]: # name -> field, in order
     return {f.name: f for f in dataclasses.fields(Recipe)}
 
 def _required(f): return f.default is dataclasses.MISSING
+_STEP_FOR = dict(data_path=" (in a notebook: .data(\"train.jsonl\"))")
 def _types(f):
     hint = typing.get_type_hints(Recipe)[f.name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -217,7 +240,7 @@ def _to_number(value, integral):
 # %% ../nbs/00_recipe.ipynb #8fc181b4
 def _convert(f, value):
     "`value` as the type of field `f`; raises ValueError naming what is accepted."
-    accepted, choices = _types(f), f.metadata.get("choices")
+    accepted = _types(f)
     if isinstance(value, Path): value = str(value)
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in accepted):
         if type(None) in accepted: return None
@@ -225,7 +248,8 @@ def _convert(f, value):
     if isinstance(value, (list, tuple)) and f.name in ("target_modules", "modules_to_save", "eval_metrics", "log"): value = ",".join(map(str, value))
     if hasattr(value, "item") and getattr(value, "shape", None) == (): value = value.item()      # a number of numpy or torch
     if bool in accepted and isinstance(value, bool): return value
-    if value is False and str in accepted: value = "none" if f.name == "log" else "no" if f.name == "mixed_precision" else value       # YAML reads `no` as False
+    # YAML reads `no` as False
+    if value is False and str in accepted: value = "none" if f.name == "log" else "no" if f.name == "mixed_precision" else value
     if bool in accepted and isinstance(value, str) and value.lower() in _WORDS: return _WORDS[value.lower()]
     for kind in (int, float):
         if kind in accepted and (number := _to_number(value, kind is int)) is not None: return number
@@ -249,19 +273,30 @@ def _limit(f, value):
 # %% ../nbs/00_recipe.ipynb #0c38c478
 _ALSO_KNOWN_AS = dict(
     learning_rate="lr", num_train_epochs="epochs", num_epochs="epochs", per_device_train_batch_size="batch_size", micro_batch_size="batch_size",
-    gradient_accumulation_steps="gradient_accumulation", max_length="max_seq_length", sequence_len="max_seq_length", cutoff_len="max_seq_length", optim="optimizer",
-    lr_scheduler_type="scheduler", output_dir="project_name", project="project_name", dataset="data_path", data="data_path", dataset_text_field="text_column", column="text_column",
-    model_name_or_path="model", base_model="model", r="lora_r", lora_rank="lora_r", alpha="lora_alpha", lora_target_modules="target_modules", load_in_4bit="quantization",
-    load_in_8bit="quantization", bf16="mixed_precision", fp16="mixed_precision", report_to="log", template="chat_template", temperature="distill_temperature", teacher="teacher_model",
-    per_device_eval_batch_size="eval_batch_size", padding_side="padding", flash_attention="use_flash_attention_2", attn_implementation="use_flash_attention_2", metrics="eval_metrics")
+    gradient_accumulation_steps="gradient_accumulation", max_length="max_seq_length", sequence_len="max_seq_length", cutoff_len="max_seq_length",
+    optim="optimizer",
+    lr_scheduler_type="scheduler", output_dir="project_name", project="project_name", dataset="data_path", data="data_path", dataset_text_field="text_column",
+    column="text_column",
+    model_name_or_path="model", base_model="model", r="lora_r", rank="lora_r", lora_rank="lora_r", alpha="lora_alpha", lora_target_modules="target_modules",
+    load_in_4bit="quantization",
+    load_in_8bit="quantization", bf16="mixed_precision", fp16="mixed_precision", report_to="log", template="chat_template", temperature="distill_temperature",
+    teacher="teacher_model",
+    per_device_eval_batch_size="eval_batch_size", padding_side="padding", flash_attention="use_flash_attention_2", attn_implementation="use_flash_attention_2",
+    metrics="eval_metrics")
 
 # %% ../nbs/00_recipe.ipynb #08c01284
+def meant_field(
+    name:str, # a name that is no field of the recipe
+)->str|None:
+    "The field that was probably meant."
+    near = difflib.get_close_matches(name, [*recipe_fields(), *_ALSO_KNOWN_AS], n=1, cutoff=0.5)
+    return _ALSO_KNOWN_AS.get(near[0], near[0]) if near else None
+
 def unknown_field(
     name:str, # a name that is no field of the recipe
 )->str: # one sentence
     "Says that `name` is unknown and which field was probably meant."
-    near = difflib.get_close_matches(name, [*recipe_fields(), *_ALSO_KNOWN_AS], n=1, cutoff=0.5)
-    meant = _ALSO_KNOWN_AS.get(near[0], near[0]) if near else None
+    meant = meant_field(name)
     return f"`{name}` is not a parameter." + (f" Did you mean `{meant}`?" if meant else f" Parameters: {', '.join(recipe_fields())}.")
 
 # %% ../nbs/00_recipe.ipynb #9c52a5b3
@@ -311,37 +346,124 @@ def check_hub_name(
     "Whether the hub takes `name` as that of a repository."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     try: validate_repo_id(name)
-    except HFValidationError: return "accepted: `org/name`, or `name` for your own account; letters, digits, `-`, `_` and `.`, at most 96, with no `--` or `..`, and none of `-` and `.` at the ends"
+    except HFValidationError:
+        return ("accepted: `org/name`, or `name` for your own account; letters, digits, `-`, `_` and `.`, at most 96, "
+                "with no `--` or `..`, and none of `-` and `.` at the ends")
 
 # %% ../nbs/00_recipe.ipynb #7943e7a4
 def conflicts(
     r:Recipe, # values that are right each for itself
 )->list: # a sentence per conflict
     "What in this recipe cannot work together, and what to type instead."
+    return [*_model_conflicts(r), *_row_conflicts(r), *_run_conflicts(r)]
+
+def _model_conflicts(r):
+    if r.quantization and not r.peft:
+        yield (f"`quantization={r.quantization!r}` freezes the weights, so something else must be trained: add `peft=True` (`--peft`, or `.lora()` in a "
+               "notebook).")
+    if r.quantization and r.distributed_backend in ("fsdp", "deepspeed"):
+        yield (f"`distributed_backend={r.distributed_backend!r}` shares weights out, which bitsandbytes' {r.quantization} weights do not allow: use \"ddp\", "
+               "or no quantisation.")
+    if r.teacher_model and not r.use_distillation:
+        yield f"`teacher_model={r.teacher_model!r}` is given, but `use_distillation` is off: add `use_distillation=True`, or leave the teacher out."
+    if r.merge_adapter and not r.peft: yield "`merge_adapter` merges an adapter, and none is trained: add `peft=True`, or leave it out."
+    if r.init_lora_weights == "loftq" and r.quantization != "int4":
+        yield "`init_lora_weights=\"loftq\"` starts the adapter as what 4-bit weights lost, so it needs `quantization=\"int4\"` (`.quantize(\"int4\")`)."
+    if r.init_lora_weights in ("pissa", "olora") and r.quantization:
+        yield (f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, which `quantization` freezes: use `init_lora_weights=\"default\"`, or "
+               "no quantisation.")
+    if (r.gpus or 1) == 1 and (r.nodes or 1) == 1 and r.gpus is not None and r.distributed_backend:
+        yield (f"`distributed_backend={r.distributed_backend!r}` shares work among several devices, and `gpus` is 1: raise `gpus`, or leave "
+               "`distributed_backend` out.")
+    if r.use_distillation and not r.teacher_model: yield "`use_distillation` needs a teacher: add `teacher_model=` with a hub id or a folder."
+    if r.use_dora and r.quantization == "int8": yield "`use_dora` does not work on an int8 base: use `quantization=\"int4\"` or no quantisation."
+
+def _row_conflicts(r):
+    if r.packing and r.block_size > 0: yield "`block_size` already fills each row, so `packing` has nothing to add: keep one of them."
+    if r.packing and r.padding == "left": yield "`packing` leaves next to no padding, and what is left stands on the right: leave `padding` at \"right\"."
+    if r.max_steps == 0: yield "`max_steps` is 0, which trains nothing; accepted: a number of steps, or -1 for as many as the epochs take."
+    if r.block_size in (0, 1): yield f"`block_size` is {r.block_size}; accepted: -1 (off), or at least 2 tokens."
+    if r.block_size > r.max_seq_length:
+        yield f"`block_size={r.block_size}` is more than `max_seq_length={r.max_seq_length}`: raise `max_seq_length` to {r.block_size} or lower `block_size`."
+    if isinstance(r.valid_split, (int, float)) and not isinstance(r.valid_split, bool) and (r.valid_split <= 0 or r.valid_split == 1):
+        yield f"`valid_split` is {r.valid_split}; accepted: a split's name, a share such as 0.1, or a number of rows (2 or more)."
+    if isinstance(r.valid_split, (int, float)) and r.valid_path:
+        yield "`valid_path` and a share of the training rows in `valid_split` are both given: keep one."
+
+def _run_conflicts(r):
+    if unknown := sorted(set(r.log.split(",")) - set(TRACKERS) - {"none"}):
+        yield f"`log` is {r.log!r}; accepted: none, or of {', '.join(TRACKERS)}, joined by commas.{did_you_mean(unknown[0], TRACKERS)}"
+    if r.continue_from and _within(r.continue_from, r.project_name):
+        yield (f"`continue_from={r.continue_from!r}` is the run that a new one in `project_name={r.project_name!r}` would take the place of: give the new run "
+               "a name of its own (`project=` of Session). To go on with an unfinished run, `resume=True` without `continue_from`.")
+    if r.hub_model_id and (wrong := check_hub_name(r.hub_model_id)): yield f"`hub_model_id` is {r.hub_model_id!r}; {wrong}."
+    if r.hub_model_id and not r.push_to_hub:
+        yield (f"`hub_model_id={r.hub_model_id!r}` says where to upload, but `push_to_hub` is off: add `push_to_hub=True` (`--push-to-hub`), or leave it out "
+               f"and call run.push({r.hub_model_id!r}) after training.")
+    if r.push_to_hub and not r.hub_model_id and check_hub_name(hub_name(r)):
+        yield (f"`push_to_hub` without `hub_model_id` names the repository after the run, and the hub does not take `{hub_name(r)}` as a name: add "
+               "`hub_model_id=\"org/name\"`.")
+    if r.trainer != "sft" and ":" not in r.trainer:
+        yield f"`trainer` is {r.trainer!r}; accepted: `sft`, or `module:Class` of a subclass of `sftkit.training.Trainer`."
+
+# %% ../nbs/00_recipe.ipynb #48b04f63
+def _within(path, folder): # whether a path is a folder or lies in it
+    path, folder = (Path(p).expanduser().resolve() for p in (path, folder))
+    return folder in (path, *path.parents)
+
+# %% ../nbs/00_recipe.ipynb #7f4b66b3
+def generates(r:Recipe)->bool: # whether answers are generated on the rows held out
+    return r.use_enhanced_eval or r.eval_save_predictions
+
+def evaluates(r:Recipe)->bool: # whether rows are held out; where a recipe names none, some of the training rows are
+    return bool(r.valid_path or r.valid_split or r.early_stopping_patience is not None or generates(r))
+
+_WAITS_FOR = (      # fields; whether they have an effect; what is missing; what to type
+    ("lora_r lora_alpha lora_dropout target_modules use_dora use_rslora init_lora_weights modules_to_save", lambda r: r.peft,
+     "no adapter is trained", "`peft=True` (`--peft`, or `.lora()` in a notebook)"),
+    ("early_stopping_threshold", lambda r: r.early_stopping_patience is not None, "nothing stops the run early", "`early_stopping_patience=3`"),
+    ("eval_steps eval_batch_size", evaluates, "no rows are held out to evaluate on", "`valid_split=0.1` or `valid_path=`"),
+    ("valid_split", lambda r: not r.valid_path, "`valid_path` says what to evaluate on", "one of the two"),
+    ("eval_metrics eval_samples", lambda r: r.use_enhanced_eval, "no answers are scored", "`use_enhanced_eval=True` (`--use-enhanced-eval`, or `.metrics()`)"),
+    ("eval_max_new_tokens", generates, "no answers are generated", "`use_enhanced_eval=True` (`--use-enhanced-eval`, or `.metrics()`)"),
+    ("distill_temperature distill_alpha teacher_quantization", lambda r: r.use_distillation, "there is no teacher",
+     "`use_distillation=True, teacher_model=` (or `.distill(teacher)`)"),
+    ("epochs", lambda r: r.max_steps <= 0, "`max_steps` says how long to train", "one of the two"),
+    ("warmup_ratio", lambda r: r.scheduler != "constant" or r.warmup_ratio == 0, "the constant schedule has no warm-up",
+     "`scheduler=\"constant_with_warmup\"`"))
+
+def without_effect(
+    r:Recipe,
+)->list: # a sentence per group of fields that were changed and can do nothing
+    "What in this recipe changes nothing, why, and what would make it count."
     found = []
-    if r.quantization and not r.peft: found.append(f"`quantization={r.quantization!r}` freezes the weights, so something else must be trained: add `peft=True` (`--peft`, or `.lora()` in a notebook).")
-    if r.quantization and r.distributed_backend in ("fsdp", "deepspeed"): found.append(f"`distributed_backend={r.distributed_backend!r}` shares weights out, which bitsandbytes' {r.quantization} weights do not allow: use \"ddp\", or no quantisation.")
-    if r.teacher_model and not r.use_distillation: found.append(f"`teacher_model={r.teacher_model!r}` is given, but `use_distillation` is off: add `use_distillation=True`, or leave the teacher out.")
-    if r.merge_adapter and not r.peft: found.append("`merge_adapter` merges an adapter, and none is trained: add `peft=True`, or leave it out.")
-    if r.init_lora_weights == "loftq" and r.quantization != "int4": found.append("`init_lora_weights=\"loftq\"` starts the adapter as what 4-bit weights lost, so it needs `quantization=\"int4\"` (`.quantize(\"int4\")`).")
-    if r.init_lora_weights in ("pissa", "olora") and r.quantization: found.append(f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, which `quantization` freezes: use `init_lora_weights=\"default\"`, or no quantisation.")
-    if r.packing and r.block_size > 0: found.append("`block_size` already fills each row, so `packing` has nothing to add: keep one of them.")
-    if r.packing and r.padding == "left": found.append("`packing` leaves next to no padding, and what is left stands on the right: leave `padding` at \"right\".")
-    if r.packing and r.use_flash_attention_2: found.append("`packing` with `use_flash_attention_2` is not available: drop `use_flash_attention_2`; PyTorch's own attention keeps documents apart.")
-    if (r.gpus or 1) == 1 and (r.nodes or 1) == 1 and r.gpus is not None and r.distributed_backend: found.append(f"`distributed_backend={r.distributed_backend!r}` shares work among several devices, and `gpus` is 1: raise `gpus`, or leave `distributed_backend` out.")
-    if unknown := sorted(set(r.log.split(",")) - set(TRACKERS) - {"none"}): found.append(f"`log` is {r.log!r}; accepted: none, or of {', '.join(TRACKERS)}, joined by commas.{did_you_mean(unknown[0], TRACKERS)}")
-    if r.use_distillation and not r.teacher_model: found.append("`use_distillation` needs a teacher: add `teacher_model=` with a hub id or a folder.")
-    if r.max_steps == 0: found.append("`max_steps` is 0, which trains nothing; accepted: a number of steps, or -1 for as many as the epochs take.")
-    if r.block_size in (0, 1): found.append(f"`block_size` is {r.block_size}; accepted: -1 (off), or at least 2 tokens.")
-    if r.block_size > r.max_seq_length: found.append(f"`block_size={r.block_size}` is more than `max_seq_length={r.max_seq_length}`: raise `max_seq_length` to {r.block_size} or lower `block_size`.")
-    if isinstance(r.valid_split, (int, float)) and not isinstance(r.valid_split, bool) and (r.valid_split <= 0 or r.valid_split == 1): found.append(f"`valid_split` is {r.valid_split}; accepted: a split's name, a share such as 0.1, or a number of rows (2 or more).")
-    if isinstance(r.valid_split, (int, float)) and r.valid_path: found.append("`valid_path` and a share of the training rows in `valid_split` are both given: keep one.")
-    if r.use_dora and r.quantization == "int8": found.append("`use_dora` does not work on an int8 base: use `quantization=\"int4\"` or no quantisation.")
-    if r.hub_model_id and (wrong := check_hub_name(r.hub_model_id)): found.append(f"`hub_model_id` is {r.hub_model_id!r}; {wrong}.")
-    if r.hub_model_id and not r.push_to_hub: found.append(f"`hub_model_id={r.hub_model_id!r}` says where to upload, but `push_to_hub` is off: add `push_to_hub=True` (`--push-to-hub`), or leave it out and call run.push({r.hub_model_id!r}) after training.")
-    if r.push_to_hub and not r.hub_model_id and check_hub_name(hub_name(r)): found.append(f"`push_to_hub` without `hub_model_id` names the repository after the run, and the hub does not take `{hub_name(r)}` as a name: add `hub_model_id=\"org/name\"`.")
-    if r.trainer != "sft" and ":" not in r.trainer: found.append(f"`trainer` is {r.trainer!r}; accepted: `sft`, or `module:Class` of a subclass of `sftkit.training.Trainer`.")
+    for names, counts, why, what in _WAITS_FOR:
+        changed = [f"`{n}={v!r}`" for n in names.split() if (v := getattr(r, n)) != recipe_fields()[n].default]
+        if changed and not counts(r): found.append(f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} no effect: {why}. What counts: {what}.")
     return found
+
+# %% ../nbs/00_recipe.ipynb #f0099c8a
+@contextlib.contextmanager
+def hub_access(
+    token:str|None, # None: whatever the environment, or `hf auth login`, holds
+):
+    """Inside the block, models and data are read from the hub with this token. It is written nowhere; afterwards the environment is what it was.
+
+    Of a hub that does not answer, one line is printed instead of two for each further try."""
+    before, hub, told = os.environ.get("HF_TOKEN"), logging.getLogger("huggingface_hub.utils._http"), []
+    def once(record):
+        text = record.getMessage()
+        if not ("thrown while requesting" in text or text.startswith("Retrying in")): return True
+        told.append(text)
+        record.msg, record.args = "The hub does not answer; trying again a few times.", ()
+        return len(told) == 1
+    if token: os.environ["HF_TOKEN"] = token
+    hub.addFilter(once)
+    try: yield
+    finally:
+        hub.removeFilter(once)
+        if token and before is None: os.environ.pop("HF_TOKEN", None)
+        elif token: os.environ["HF_TOKEN"] = before
 
 # %% ../nbs/00_recipe.ipynb #6e647e11
 def _flag(name, value):
@@ -352,12 +474,15 @@ def _flag(name, value):
     return [f"--{dashed}={text}"] if text.startswith("--") else [f"--{dashed}", text]
 
 # %% ../nbs/00_recipe.ipynb #fbd8a08a
+def _unknown_flag(flag, meant):
+    return f"`{flag}` is not a flag." + (f" Did you mean `--{meant.replace('_', '-')}`?" if meant else " `sftkit llm --help` lists them.")
+
 def _flag_value(text, rest):
     "(field, value, how many of `rest` it used) for the flag `text`; ValueError with a sentence if it is none."
     name, eq, value = text[2:].partition("=")
     name, fields = name.replace("-", "_"), recipe_fields()
     if name.startswith("disable_") and name[8:] in fields and bool in _types(fields[name[8:]]) and not eq: return name[8:], False, 0
-    if name not in fields: raise ValueError(unknown_field(name).replace("parameter", "flag", 1))
+    if name not in fields: raise ValueError(_unknown_flag(text.partition("=")[0], meant_field(name)))
     if eq: return name, value, 0
     is_switch = bool in _types(fields[name])
     follows = rest[0] if rest and not (rest[0].startswith("--")) else None

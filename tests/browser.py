@@ -174,7 +174,10 @@ class NotebookPage:
         "Wait until no cell runs or is queued."
         self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle' && !document.querySelector('.jp-InputPrompt')?.closest('.jp-Notebook')?.textContent.includes('[*]:')", timeout=seconds * 1000)
 
-    def interrupt(self): self.page.evaluate("() => { window.jupyterapp.commands.execute('kernelmenu:interrupt'); }")
+    def interrupt(self):
+        "The interrupt button, once the page is connected; a busy kernel need not have answered."
+        self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.connectionStatus === 'connected'", timeout=40_000)
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('kernelmenu:interrupt'); }")
 
     def save(self):
         self.page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.save(); }")

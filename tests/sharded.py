@@ -5,14 +5,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-import sftkit.model as model_module
-from sftkit.model import decoder_layers, load_base, recompute_activations, token_loss_sum
+import sftkit.loss as loss_module
+from sftkit.model import decoder_layers, load_base, recompute_activations
+from sftkit.loss import token_loss_sum
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
 torch.manual_seed(0)
 whole = load_base(sys.argv[1]).train()
-model_module._CHUNK_LOGITS = 64 * whole.config.vocab_size                    # 64 tokens at a time
+loss_module._CHUNK_LOGITS = 64 * whole.config.vocab_size                    # 64 tokens at a time
 sharded = copy.deepcopy(whole)
 for m in (whole, sharded): recompute_activations(m)
 tied = sharded.get_input_embeddings().weight is sharded.get_output_embeddings().weight

@@ -132,3 +132,27 @@ def test_live_js_by_itself(server):
     assert result["sent"] == [{"type": "request", "name": "stop"}] and result["button"] == "stopping …" and result["refused"] == "Nothing is training." and result["again"] is False
     assert result["checkpoint"] is True and result["stop"] is False and result["scores"] == "<b>bleu</b> 3" and [p.rsplit(" ", 1)[0] for p in result["panels"]] == ["learning rate", "gradient norm", "tokens/s"]
     assert result["buttons"] == 0 and result["tags"] == 0 and result.get("hit") is None and "<script>" in result["text"]
+
+@pytest.mark.parametrize("width", [700, 760, 900])
+def test_the_figures_stand_in_one_line(server, width):
+    "All seven tiles of a long run, live and at rest."
+    from made_up_run import made_up_run
+    from sftkit.charts import Progress
+    from sftkit.view import run_html
+    from sftkit.widgets import LiveView
+    events = made_up_run(12_345, total=100_000, state="")
+    p = Progress([*events[:4], {"kind": "eval", "step": 0, "loss": 3.352, "perplexity": 28.56}, *events[4:], {"kind": "eval", "step": 12_345, "loss": 1.2, "perplexity": 3.442}])
+    view = LiveView("run", progress=p)
+    history = view.get_state("history")["history"]; view.close()
+    page = server.browser.new_page(viewport={"width": width, "height": 1200})
+    try:
+        page.set_content(f"<body style='margin:0'><div id=live></div><div id=static>{run_html(p)}</div></body>")
+        lines = page.evaluate("""async ([source, history]) => {
+            const module = await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"})));
+            const state = {title: "run", run_id: "abc", commands: [], history}, model = {get: (k) => state[k], on() {}, send() {}}, widget = module.default();
+            widget.initialize({model}); widget.render({model, el: document.getElementById("live")});
+            await new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)));
+            const tops = (selector) => [...document.querySelectorAll(selector)].map((e) => e.getBoundingClientRect().top);
+            return [tops(".sft-tiles b"), tops("#static b[style*=nowrap]")]; }""", [LiveView._esm, history])
+    finally: page.close()
+    assert [len(tops) for tops in lines] == [7, 7] and [len(set(tops)) for tops in lines] == [1, 1]

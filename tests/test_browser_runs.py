@@ -37,19 +37,19 @@ def reach(nb, n, seconds=90): nb.page.wait_for_function("n => +[...document.quer
 def badge(nb, text, seconds=30): nb.page.wait_for_function("t => [...document.querySelectorAll('.sft-badge')].at(-1)?.textContent.includes(t)", arg=text, timeout=seconds * 1000)
 def click(nb, command): nb.page.locator(f".sft-live button[data-command={command}]:not([disabled])").last.click(timeout=15_000)
 
-def use_every_button(nb, run):
+def use_every_button(nb, run, first=30, more=10, seconds=60): # `first`: the step after which it begins; `more`: steps that show that it goes on
     "Pause, resume, checkpoint, evaluate: each is seen in the page and in the run directory."
-    reach(nb, 30)
-    click(nb, "pause"); badge(nb, "paused")
-    until(lambda: run.status()["state"] == "paused")
+    reach(nb, first, seconds=240)
+    click(nb, "pause"); badge(nb, "paused", seconds)
+    until(lambda: run.status()["state"] == "paused", seconds)
     at = max(e["step"] for e in run.events() if e["kind"] == "step")
     nb.page.wait_for_timeout(600)
     assert max(e["step"] for e in run.events() if e["kind"] == "step") == at
-    click(nb, "resume"); badge(nb, "training"); reach(nb, at + 10)
+    click(nb, "resume"); badge(nb, "training", seconds); reach(nb, at + more, 2 * seconds)
     assert not run.checkpoints()
-    click(nb, "checkpoint"); until(run.checkpoints)
+    click(nb, "checkpoint"); until(run.checkpoints, seconds)
     evaluations = sum(e["kind"] == "eval" for e in run.events())
-    click(nb, "evaluate"); until(lambda: sum(e["kind"] == "eval" for e in run.events()) > evaluations)
+    click(nb, "evaluate"); until(lambda: sum(e["kind"] == "eval" for e in run.events()) > evaluations, seconds)
     assert len(run.checkpoints()) == 1 and run.status()["state"] == "training"
 
 
@@ -113,13 +113,53 @@ def test_the_interrupt_button_stops_a_fit_with_a_checkpoint(server):
     assert run.status()["state"] == "interrupted" and run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")
 
 
-def test_the_sample_model_trains_in_a_worker_with_its_curve_moving(server):
-    write_notebook(server.root/"sample.ipynb", ["""from sftkit import Session, sample_data, sample_model
-plan = Session(sample_model(), project="sample").data(sample_data()/"train.jsonl").lora(r=4, dropout=0).options(max_steps=60, batch_size=2, gradient_accumulation=1, lr=1e-3, save_steps=1000)
-run = plan.start()"""])
-    with notebook(server, "sample.ipynb") as nb:
-        nb.run_cell(0); reach(nb, 3, seconds=240)
-        at = step(nb); reach(nb, at + 3, seconds=120)
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_a_fit_outlives_its_page_and_can_be_taken_up_after_its_kernel(server, app):
+    "While its cell is busy the kernel cannot bring the view to a new page; the run goes on, and the view is there with everything as soon as the cell has ended. A killed kernel takes its run along, which goes on elsewhere."
+    name = f"outlived-{app}"
+    write_notebook(server.root/f"{name}.ipynb", [PLAN.format(name=name, steps=100_000) + "\nrun = plan.fit()", f"from sftkit import Run\nagain = Run.open({name!r}).watch()", f"from sftkit import Run\nmore = Run.open({name!r}).resume()"])
+    run = RunDirectory(server.root/name)
+    last = lambda: max((e["step"] for e in run.events() if e["kind"] == "step"), default=0)
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
+        nb.run_cell(0, wait=False); reach(nb, 10, seconds=120)
+        nb.save(); nb.reload(kernel=False)                                                                  # it does not say what it is before the cell has ended
+        at = last(); until(lambda: last() > at + 5)
+        nb.interrupt(); badge(nb, "interrupted", 60)
+        assert int(nb.page.locator(".sft-live").first.get_attribute("data-points")) == last() == run.checkpoints()[-1][0] > 10
+        nb.run_cell(2, wait=False); reach(nb, last() + 10, seconds=60)                                     # on from the checkpoint
+        os.kill(run.status()["pid"], signal.SIGKILL)                                                       # the kernel, and the run with it
+        until(lambda: run.status()["state"] == "died")
+    server.end_sessions()
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
+        nb.run_cell(1); nb.output(1).locator(PICTURE).first.wait_for(timeout=60_000)
+        assert "died" in nb.text(1) and "resume()" in nb.text(1)
+        at = last()                                                                                            # of the run that died, which the view shows first
+        nb.run_cell(2, wait=False); reach(nb, at + 10, seconds=120)
+        click(nb, "stop"); nb.output(2).locator(PICTURE).first.wait_for(timeout=30_000); nb.wait_idle()
+        nb.save()
+    assert run.status()["state"] == "stopped" and [e["step"] for e in run.events() if e["kind"] == "step"] == list(range(1, last() + 1))
+    server.end_sessions()
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:                                     # without the kernel that made it
+        nb.output(2).locator(PICTURE).first.wait_for()
+        assert "stopped" in nb.text(2) and "Error displaying widget" not in nb.text(2)
+
+
+@pytest.mark.parametrize("verb, app", [("start", "lab"), ("fit", "notebook")])
+def test_the_sample_model_trains_with_its_curve_moving_and_obeys(server, verb, app):
+    name = f"sample-{verb}"
+    write_notebook(server.root/f"{name}.ipynb", [f"""import json
+from sftkit import Session, sample_data, sample_model
+rows = [json.loads(line) for line in open(sample_data()/"train.jsonl", encoding="utf-8")][:24]
+plan = Session(sample_model(), project={name!r}).data(rows, eval=2).template("chatml").lora(r=4, dropout=0)
+run = plan.{verb}(max_steps=500, batch_size=1, gradient_accumulation=1, lr=1e-3, save_steps=1000, eval_steps=1000)"""])
+    run = RunDirectory(server.root/name)
+    with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
+        nb.run_cell(0, wait=False)
+        use_every_button(nb, run, first=2, more=1, seconds=180)
+        at = step(nb); reach(nb, at + 1, seconds=120)
         assert ink(nb) > 50
         click(nb, "stop")
-        nb.page.locator(PICTURE).first.wait_for(timeout=60_000)
+        nb.page.locator(PICTURE).first.wait_for(timeout=120_000)
+        nb.wait_idle(120)
+        assert "stopped" in nb.text(0)
+    assert run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")

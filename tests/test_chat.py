@@ -522,3 +522,10 @@ def test_a_template_given_as_long_text_is_no_file_name(tokenizer):
     for text in ("Below is an instruction. " * 300, "~nobody/there.jinja", "a\0b"):
         with pytest.raises(TemplateError, match="There is no chat template") as caught: resolve_template(text, tokenizer)
         assert len(str(caught.value)) < 500
+
+
+def test_what_no_built_in_template_has_a_format_for_is_not_sent_from_one_to_the_next(tokenizer):
+    talk = [user("x"), assistant("", tool_calls=call("Rome")), tool("sun"), assistant("sunny")]
+    with pytest.raises(TemplateError) as told: render(talk, templates()["chatml"], tokenizer)
+    assert "no format for" in str(told.value) and "vicuna" not in str(told.value) and "the model's own" in str(told.value)
+    with pytest.raises(TemplateError, match="with one of chatml, zephyr, llama, llama3, alpaca, vicuna, or"): render([user("x"), user("y"), assistant("z")], templates()["mistral"], tokenizer)

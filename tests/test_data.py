@@ -6,8 +6,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_tokenizer, write_jsonl
 from sftkit.chat import ChatTemplate, render, render_prompt, templates
-from sftkit.data import (Encoder, Row, Shape, aligned_tokens, collate, detect_shape, encode_rows, map_rows, plain, read_rows, rows_hash, sample_data,
-                         split_rows, text_blocks, write_rows, _anchor_ids, _open)
+from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, split_rows, text_blocks, _anchor_ids
+from sftkit.rows import Row, map_rows, plain, read_rows, rows_hash, sample_data, write_rows, _open
 from sftkit.recipe import DataError, SftkitError
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -17,7 +17,7 @@ TALK = [{"role": "system", "content": "be like the user"}, {"role": "user", "con
 
 def metaspace_tokenizer(scheme="first", kind="unigram", bos="<s>", eos="</s>", add_bos=True, add_eos=False, legacy=False):
     "A SentencePiece-like fast tokenizer: Llama-2 and Mistral prepend `▁` to a text (or to every piece)."
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "</s>", *MARKERS]
     words = "the light is on what be like turn a language for programming python user be INST ASSISTANT USER Response Instruction question answer " * 3
@@ -354,7 +354,6 @@ def test_a_token_that_straddles_the_boundary_is_cut():
 
 def test_gpt2_whitespace_rule_at_the_boundary():
     "GPT-2's pattern takes a run of spaces apart only when a word follows, so a header's tokens depend on what comes after it."
-    from tokenizers import Tokenizer
     tok = tiny_tokenizer(extra=MARKERS)
     double = "question" + "\n\n"
     ids, places, cuts = aligned_tokens(tok, _anchor_ids(tok), [double + "  answer"], [[len(double)]])[0]
@@ -601,7 +600,7 @@ def test_sample_data_is_in_the_package():
 def test_reading_lines_needs_neither_torch_nor_pandas(tmp_path):
     import subprocess
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    code = f"import sys; from sftkit.data import read_rows, detect_shape; detect_shape(read_rows({path!r})); assert not {{'torch', 'transformers', 'pandas', 'datasets'}} & set(sys.modules)"
+    code = f"import sys; from sftkit.data import detect_shape; from sftkit.rows import read_rows; detect_shape(read_rows({path!r})); assert not {{'torch', 'transformers', 'pandas', 'datasets'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -659,3 +658,29 @@ def test_the_question_of_a_row_is_what_its_columns_say():
     assert chat.question(asked) == chat.question(talk) == chat.question(talk[:-1]) == asked
     assert chat.question([{"role": "system", "content": "begin"}]) == "begin"
     with pytest.raises(DataError, match="no conversations"): Encoder(tok, Shape("text", ("text",))).question(talk)
+
+
+def read(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return [r.value for r in read_rows(path)]
+
+
+def test_a_csv_whose_quotes_are_escaped_by_backslashes(tmp_path):
+    assert read(tmp_path/"a.csv", 'prompt,completion\n"he said \\"hi, you\\"","C:\\new"\n') == [dict(prompt='he said "hi, you"', completion="C:\\new")]
+    assert read(tmp_path/"b.csv", 'text\n"ends in \\"\n"a ""b"" c"\n') == [dict(text="ends in \\"), dict(text='a "b" c')]          # as RFC 4180 has it, where that reads
+    assert read(tmp_path/"c.csv", 'text\n5" pipe\nthe 6" pipe\n') == [dict(text='5" pipe'), dict(text='the 6" pipe')]
+
+
+def test_blank_lines_before_the_header_of_a_csv(tmp_path):
+    assert read(tmp_path/"a.csv", "\n\n  \ntext,id\na,1\n\nb,2\n") == [dict(text="a", id="1"), dict(text="b", id="2")]
+
+
+def test_an_address_is_told_from_a_path():
+    for address in ("https://example.org/a.jsonl", "s3://bucket/a.jsonl"):
+        with pytest.raises(DataError, match=f"{address}.*is an address.*[Dd]ownload"): read_rows(address)
+
+
+def test_what_datasets_writes_beside_the_rows_is_no_data(tmp_path):
+    (tmp_path/"dataset_infos.json").write_text('{"default": {"description": "x", "features": {}}}')
+    assert read(tmp_path/"rows.jsonl", '{"text": "a"}\n') == [r.value for r in read_rows(tmp_path)] == [dict(text="a")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkit import Run, Recipe, Session
+from sftkit import Run, Recipe
 from sftkit.launch import launch_command
 from sftkit.recipe import RecipeError, RunError
 from running import ROOT, environment
@@ -70,6 +70,15 @@ def test_acceptance_30_machines_without_a_meeting_place_are_told_what_to_type(tm
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RecipeError, match="MASTER_ADDR=<address of the first machine>"):
         launch_command(Recipe(model="m", data_path="d", project_name="p", nodes=2), 1)
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    with pytest.raises(RecipeError, match="MASTER_ADDR=nowhere.invalid.*cannot find that address"):
+        launch_command(Recipe(model="m", data_path="d", project_name="p", nodes=2), 1)
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    "Where DeepSpeed keeps what it compiles; in its usual place, a build that was killed leaves a lock that all later ones wait for."
+    return str(tmp_path_factory.mktemp("extensions"))
 
 
 DEEPSPEED = next((p for p in (Path(sys.prefix)/"deepspeed", Path(os.environ.get("SFTKIT_DEEPSPEED", "/nonexistent"))) if (p/"deepspeed").is_dir()), None)
@@ -77,8 +86,7 @@ DEEPSPEED = next((p for p in (Path(sys.prefix)/"deepspeed", Path(os.environ.get(
 
 @pytest.mark.skipif(DEEPSPEED is None, reason="deepspeed is not built in this environment (`make test` tries to)")
 @pytest.mark.parametrize("peft", [False, True], ids=["zero3", "lora-zero2"])
-def test_acceptance_30_deepspeed_trains_as_one_process(folder, peft):
-    extensions = str(folder/"extensions")            # what DeepSpeed compiles; in its usual place, a build that was killed leaves a lock that all later ones wait for
+def test_acceptance_30_deepspeed_trains_as_one_process(folder, peft, extensions):
     env = dict(TORCH_EXTENSIONS_DIR=extensions, PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     name, more = ("lora", ["--peft", "--lora-dropout", 0]) if peft else ("zero", [])
     code, out = sftkit(folder, "--project-name", name, "--distributed-backend", "deepspeed", "--gpus", 2, "--batch-size", 2, "--gradient-accumulation", 2, *more, **env)
@@ -94,8 +102,8 @@ def test_acceptance_30_deepspeed_trains_as_one_process(folder, peft):
 
 def test_missing_deepspeed_and_fsdp_on_a_cpu_are_refused_before_anything_loads(folder, monkeypatch, tmp_path):
     import torch
-    from sftkit.training import check_backend, sharding_config
-    monkeypatch.setattr("sftkit.training.importlib.util.find_spec", lambda name: None)
+    from sftkit.engine import check_backend, sharding_config
+    monkeypatch.setattr("sftkit.engine.importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match="pip install deepspeed"): check_backend(Recipe(model="m", data_path="d", project_name="p", distributed_backend="deepspeed"))
     if not torch.cuda.is_available():
         with pytest.raises(RunError, match="needs GPUs"): check_backend(Recipe(model="m", data_path="d", project_name="p", distributed_backend="fsdp"))
@@ -121,8 +129,86 @@ def test_a_loss_in_chunks_is_right_in_a_model_that_fsdp_shares_out(tmp_path, tie
 
 
 @pytest.mark.skipif(DEEPSPEED is None, reason="deepspeed is not built in this environment (`make test` tries to)")
-def test_processes_with_unlike_numbers_of_chunks_do_not_wait_for_each_other_in_zero3(tmp_path):
+def test_processes_with_unlike_numbers_of_chunks_do_not_wait_for_each_other_in_zero3(tmp_path, extensions):
     "ZeRO-3 gathers a weight at each call of its module, all processes together: one with four chunks of logits and one with two must call the head equally often."
     save_tiny(tmp_path/"m", tie=True)
-    env = dict(TORCH_EXTENSIONS_DIR=str(tmp_path/"extensions"), PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    env = dict(TORCH_EXTENSIONS_DIR=extensions, PYTHONPATH=f"{ROOT}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     assert "same as whole, tied" in sharded_worker("zero3.py", tmp_path/"m", **env)
+
+
+SMALL = ["--batch-size", 2, "--gradient-accumulation", 2]
+LATE = """import os, signal
+from sftkit.training import Trainer
+from sftkit import engine
+
+class Late(Trainer):
+    "Breaks in one process: in its data, at its third step, or by being killed there."
+    def preprocess(self, row):
+        if self.here("data"): raise ValueError("no such luck")
+        return row
+    def here(self, how): return os.environ.get("BREAKS") == f"{how} {os.environ.get('RANK')}"
+    def _fit(self, view):
+        usual = engine.Engine.training_step
+        def step(own, *args, **more):
+            if own.state.global_step == 2 and self.here("step"): raise ValueError("no such luck")
+            if own.state.global_step == 2 and self.here("killed"): os.kill(os.getpid(), signal.SIGKILL)
+            return usual(own, *args, **more)
+        engine.Engine.training_step = step
+        return super()._fit(view)
+"""
+
+
+@pytest.mark.parametrize("how", ["data 0", "step 1", "killed 1"])
+def test_acceptance_01_of_several_processes_that_fail_one_says_why_and_nothing_else_is_said(folder, how):
+    (folder/"late.py").write_text(LATE)
+    name = how.replace(" ", "-")
+    said = sftkit(folder, "--project-name", name, "--gpus", 2, *SMALL, "--trainer", "late:Late", wait=False, BREAKS=how, CUDA_VISIBLE_DEVICES="")
+    out = said.communicate(timeout=600)[0]
+    assert said.returncode == 1 and "Traceback" not in out and "torch/distributed" not in out, out
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and out.rstrip().endswith(errors[0]) and ("SIGKILL" if "killed" in how else "no such luck") in errors[0], out
+    if "data" in how: assert not (folder/name).exists()
+    else:
+        last = Run.open(folder/name).directory.status()
+        assert (last["state"], last["error"]) == ("failed", errors[0].removeprefix("error: "))
+
+
+def test_the_traceback_of_the_process_that_failed_is_shown_on_request(folder):
+    (folder/"late.py").write_text(LATE)
+    code, out = sftkit(folder, "--project-name", "shown", "--gpus", 2, *SMALL, "--trainer", "late:Late", "--traceback", BREAKS="step 1", CUDA_VISIBLE_DEVICES="")
+    assert code != 0 and 'late.py", line' in out and out.count("ChildFailedError") == 0, out
+
+
+def test_acceptance_01_a_started_run_of_several_processes_says_why_it_failed(folder, monkeypatch):
+    from sftkit import Session
+    (folder/"late.py").write_text(LATE)
+    monkeypatch.chdir(folder); monkeypatch.syspath_prepend(str(folder))
+    for how, why in ("data 1", "`preprocess` failed on d.jsonl line 1: ValueError: no such luck. The row's columns: prompt, completion."), ("step 0", "ValueError: no such luck"):
+        monkeypatch.setenv("BREAKS", how)
+        run = Session("m", project="started", trainer="late:Late", lr=1e-3, gpus=2, batch_size=2, gradient_accumulation=1).data("d.jsonl").start(resume=False)
+        with pytest.raises(RunError) as told: run.wait(120)
+        assert str(told.value) == f"The run in `{run.directory.shown}` failed. {why}" and run.state == "failed"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process group")
+def test_an_interrupt_of_several_processes_writes_a_checkpoint_and_can_be_gone_on_with(folder, monkeypatch):
+    import signal
+    from running import until
+    args = ["--project-name", "stopped", "--gpus", 2, "--batch-size", 2, "--gradient-accumulation", 2]
+    log = open(folder/"log", "w+")
+    started = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", *COMMON, *map(str, args), "--epochs", "200"], cwd=folder, stdout=log, stderr=log, start_new_session=True,
+                               env=environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    until(lambda: (folder/"stopped"/"recipe.yaml").exists() and len(Run.open(folder/"stopped").history) > 2, 120)
+    os.killpg(started.pid, signal.SIGINT)                                         # as Ctrl-C in a terminal does
+    assert started.wait(120) == 0, (folder/"log").read_text()
+    run = Run.open(folder/"stopped")
+    assert run.state == "interrupted" and run.directory.checkpoints() and "Traceback" not in (folder/"log").read_text()
+    from sftkit import Session
+    from sftkit.cli import main
+    asked = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sftkit.launch.launch", lambda recipe: asked.append(recipe) or 0)                   # what it does with a recipe is shown above
+    monkeypatch.setattr(Session, "start", lambda plan, renderer=None: asked.append(plan.recipe))
+    assert main(["resume", "stopped"]) == 0
+    run.resume()
+    assert [(r.resume, r.gpus, r.epochs) for r in asked] == [(True, 2, 200)] * 2

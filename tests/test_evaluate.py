@@ -276,7 +276,8 @@ class PairEncoder:
 
 def test_the_encoder_of_training_is_what_evaluation_uses():
     from sftkit.chat import templates
-    from sftkit.data import Encoder, detect_shape, read_rows
+    from sftkit.data import Encoder, detect_shape
+    from sftkit.rows import read_rows
     tok = tiny_tokenizer(extra=("<|im_start|>", "<|im_end|>"))
     model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|im_end|>")
     rows = read_rows([{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in (("what time is it?", "time to go"), ("hello", "hello world"))])
@@ -293,28 +294,49 @@ def test_the_encoder_of_training_is_what_evaluation_uses():
 ROWS = [{"prompt": "what is a word?", "completion": "a word is a word"}, {"prompt": "time", "completion": "the light on"}, {"prompt": "turn off the light please", "completion": "other"}]
 
 
-def test_acceptance_18_scores_equal_the_packages_on_the_predictions(tok):
+LEARNED = [("what is a word?", "a word is a thing that you say"), ("time", "the time is up for the day"), ("turn off the light please", "the light in the kitchen is off now")]
+MEANT = [("what is a word?", "a word is some thing that you would like to write"), ("time", "the time is up for the day"), ("turn off the light please", "now the light is off in the kitchen")]
+
+
+@pytest.fixture(scope="module")
+def taught(tok):
+    "A model that answers in words of its own, some of which are those of the reference."
+    model, encoder = tiny_model(tok), PairEncoder(tok)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        rows = [encoder({"prompt": q, "completion": a}) for q, a in LEARNED]
+        sum(model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss for r in rows).backward()
+        optimizer.step(); optimizer.zero_grad()
+    return model.eval()
+
+
+def test_acceptance_18_scores_equal_the_packages_on_the_predictions(tok, taught):
     import sacrebleu
     from rouge_score import rouge_scorer
-    torch.manual_seed(0)
-    model, encoder = tiny_model(tok), PairEncoder(tok)
-    got = evaluate(model, tok, ROWS, encoder, metrics="perplexity, bleu,rouge,exact_match", max_new_tokens=10, batch_size=2)
+    encoder, rows = PairEncoder(tok), [{"prompt": q, "completion": a} for q, a in MEANT]
+    got = evaluate(taught, tok, rows, encoder, metrics="perplexity, bleu,rouge,exact_match", max_new_tokens=30, batch_size=2)
     said, meant = [p["prediction"] for p in got["predictions"]], [p["reference"] for p in got["predictions"]]
-    assert meant == [r["completion"] for r in ROWS] and [p["prompt"] for p in got["predictions"]] == [r["prompt"] for r in ROWS]
-    assert said == generate(model, tok, [encoder.prompt(r) for r in ROWS], 10)
-    assert got["bleu"] == sacrebleu.corpus_bleu(said, [meant]).score
+    assert [(p["prompt"], p["reference"]) for p in got["predictions"]] == MEANT
+    for row, answer in zip(rows, said):                                                  # greedy, and from the prompt alone
+        ids = tok(row["prompt"]).input_ids
+        new = greedy(taught, ids, 30)[len(ids):]
+        assert answer == tok.decode(new[:new.index(tok.eos_token_id)], clean_up_tokenization_spaces=False)
+    want = sacrebleu.corpus_bleu(said, [meant]).score
+    assert got["bleu"] == want and 20 < want < 90 and abs(want - sacrebleu.corpus_bleu(meant, [said]).score) > 1e-3
+    assert abs(want - sum(sacrebleu.sentence_bleu(s, [m]).score for s, m in zip(said, meant)) / 3) > 1e-3        # of the corpus, not a mean of rows
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
-    for kind in ("rouge1", "rouge2", "rougeL"):
-        assert got[kind] == pytest.approx(sum(scorer.score(m, s)[kind].fmeasure for s, m in zip(said, meant)) / 3)
-    assert got["exact_match"] == 0 and got["loss"] == pytest.approx(by_hand(model.eval(), [encoder(r) for r in ROWS])[0], abs=1e-5)
+    wanted = {kind: sum(scorer.score(m, s)[kind].fmeasure for s, m in zip(said, meant)) / 3 for kind in ("rouge1", "rouge2", "rougeL")}
+    assert {kind: got[kind] for kind in wanted} == pytest.approx(wanted) and all(0.3 < v < 1 for v in wanted.values()) and len(set(wanted.values())) == 3
+    assert got["exact_match"] == pytest.approx(1 / 3) and got["loss"] == pytest.approx(by_hand(taught, [encoder(r) for r in rows])[0], abs=1e-5)
 
 
 def test_bleu_and_rouge_of_texts_that_differ():
     import sacrebleu
-    said, meant = ["the cat sat on a mat today .", "hello world"], ["the cat sat on the mat today .", "hello there world"]
-    assert bleu(said, meant) == sacrebleu.corpus_bleu(said, [meant]).score > 0
+    said, meant = ["The cat sat on a mat today .", "hello world"], ["the cat sat on the mat today .", "hello there world"]
+    assert bleu(said, meant) == sacrebleu.corpus_bleu(said, [meant]).score and 10 < bleu(said, meant) < bleu([s.lower() for s in said], meant) < 90
     assert bleu(meant, meant) == pytest.approx(100) and rouge(meant, meant) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
-    assert rouge(["a b"], ["a c"])["rouge1"] == pytest.approx(0.5)
+    assert rouge(["a b c d"], ["b a c"]) == pytest.approx({"rouge1": 6 / 7, "rouge2": 0, "rougeL": 4 / 7})        # by hand: 3 of 4 and 3 of 3 words, 2 in order, no pair
+    assert rouge(["a b", "x"], ["a b", "y"])["rouge2"] == 0.5                             # a mean over rows
     assert rouge(["turning lights"], ["turned light"])["rouge1"] == 0                    # words as they are, not their stems
 
 

@@ -8,7 +8,7 @@ import pytest
 from sftkit import Recipe, events, launch
 from sftkit.events import EventLog, RunDirectory, read_events, replay, this_process
 from sftkit.recipe import RunError, write_atomic
-from sftkit.view import Progress
+from sftkit.charts import Progress
 
 
 def write(path, *lines):
@@ -95,7 +95,8 @@ RESUMED = [dict(kind="state", state="training", step=0), dict(kind="checkpoint",
 
 def test_what_a_resume_undoes_is_the_same_for_all_readers():
     from sftkit.events import undone
-    assert [k for k in ("step", "eval", "memory", "checkpoint", "note", "oom", "state", "plan") if undone({"kind": k, "step": 3}, 2)] == ["step", "eval", "memory", "checkpoint"]
+    assert [k for k in ("step", "eval", "memory", "checkpoint", "note", "oom", "state", "plan") if undone({"kind": k, "step": 3}, 2)] == ["step", "eval", "memory", "checkpoint", "note"]
+    assert undone({"kind": "scores", "when": "after", "step": 2}, 2) and not undone({"kind": "note"}, 2)
     assert undone({"kind": "sample", "when": 3}, 2) and not undone({"kind": "sample", "when": "before"}, 2) and not undone({"kind": "step", "step": 2}, 2)
     whole, kept = Progress(RESUMED), replay(RESUMED)
     of = lambda kind: [e for e in kept if e["kind"] == kind]

@@ -410,7 +410,7 @@ def test_an_upload_that_fails_says_so(hub, monkeypatch, error):
 # -- no spelling loses what the recipe asks for ------------------------------------------------------------------------------------
 
 def test_a_resumed_run_whose_upload_fails_is_told_by_the_exit_code(tiny, hub, monkeypatch, capsys):
-    from sftkit.training import Recorder
+    from sftkit.engine import Recorder
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     plan = plan_for(tiny, max_steps=6, push_to_hub=True)
     for name in ("told", "well"):

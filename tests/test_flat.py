@@ -5,7 +5,7 @@ import transformers
 
 from sftkit import Session
 from sftkit.data import collate, collate_packed
-from sftkit.model import FLAT, flat_batch, token_loss_sum, use_flat_attention
+from sftkit.loss import FLAT, flat_batch, token_loss_sum, use_flat_attention
 from tiny import save_tiny, write_jsonl
 
 SHAPE = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)

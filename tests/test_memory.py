@@ -9,15 +9,17 @@ import transformers
 from transformers import LlamaConfig
 
 import sftkit.memory as memory
-from sftkit import Run, Session
+from sftkit import Session
 from sftkit.cli import main
 from sftkit.data import collate
 from sftkit.events import read_events
-from sftkit.memory import GPUS, Ledger, Load, Machine, blank_model, forecast, heaviest, held_parts, machine, optimizer_bytes, rehearse
-from sftkit.model import add_lora, decoder_layers, flat_batch, load_base, load_for_training, load_tokenizer, recompute_activations, token_loss_sum, use_flat_attention
+from sftkit.memory import GPUS, Ledger, Load, Machine, blank_model, forecast, held_parts, machine, rehearse
+from sftkit.model import add_lora, load_base, load_for_training, load_tokenizer, recompute_activations
+from sftkit.loss import flat_batch, token_loss_sum, use_flat_attention
 from sftkit.recipe import ModelError, Recipe, RecipeError
-from sftkit.training import Trainer, memory_forecast, prepare
-from tiny import save_tiny, tiny_tokenizer, write_jsonl
+from sftkit.training import Trainer
+from sftkit.prepare import memory_forecast
+from tiny import save_tiny, write_jsonl
 
 CPU, A100 = Machine("cpu", 8 * 2**30, "cpu"), machine("A100")
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
@@ -178,7 +180,7 @@ MEASURED = {"padded, LoRA": (6.3, dict(peft=True, lora_dropout=0), False), "padd
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_forecast_comes_within_three_percent_of_what_was_measured(name):
-    from sftkit.training import _heaviest
+    from sftkit.prepare import _heaviest
     gib, fields, flat = MEASURED[name]
     lengths = [n + 1 for n in speed_rows()]                             # words are tokens, and an end
     r = recipe(epochs=1, compile=False, **fields)
@@ -327,7 +329,7 @@ def test_command_line(tiny, chat_file, capsys):
 def test_largest_batch_is_found_among_the_runs_own(plan):
     data = plan._work.data
     said = memory_forecast(data)
-    from sftkit.training import train_loader
+    from sftkit.prepare import train_loader
     sizes = []
     for epoch in range(3):
         loader = train_loader(data, flat=True); loader.batch_sampler.set_epoch(epoch)
@@ -336,7 +338,8 @@ def test_largest_batch_is_found_among_the_runs_own(plan):
 
 
 def test_a_run_records_forecast_and_parts_and_shows_them(plan, tmp_path):
-    from sftkit.view import Progress, gauge_html, run_html
+    from sftkit.charts import Progress, gauge_html
+    from sftkit.view import run_html
     from sftkit.widgets import _live_facts
     run = plan.lora(r=4).options(epochs=1, gradient_checkpointing="auto").fit(renderer="plain")
     events = read_events(run.path/"events.jsonl")[0]
@@ -354,7 +357,7 @@ def test_a_run_records_forecast_and_parts_and_shows_them(plan, tmp_path):
 
 
 def test_a_gauge_without_parts_is_as_before():
-    from sftkit.view import gauge_html
+    from sftkit.charts import gauge_html
     assert "activations" not in gauge_html(dict(allocated_bytes=1, reserved_bytes=2, peak_bytes=3, limit_bytes=10)) and "forecast" not in gauge_html(dict(allocated_bytes=1, peak_bytes=3, limit_bytes=10))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sftkit import Run, Session
-from sftkit.model import absorb_quantization_error, add_lora, decoder_layers, load_base
+from sftkit.model import add_lora, decoder_layers, load_base
 from sftkit.recipe import ModelError, Recipe, RecipeError
 from tiny import save_tiny, write_jsonl
 
@@ -139,7 +139,7 @@ def test_eval_batch_size_changes_no_evaluation(tmp_path):
 
 def test_a_quantised_teacher_is_held_in_4_bit(tmp_path):
     import bitsandbytes as bnb
-    from sftkit.model import load_teacher
+    from sftkit.loss import load_teacher
     folder = save_tiny(tmp_path/"m", hidden=64)
     recipe = Recipe(model=folder, data_path="d", project_name="p", use_distillation=True, teacher_model=folder, teacher_quantization="int4")
     teacher = load_teacher(recipe, torch.device("cpu"), torch.float32)
@@ -158,3 +158,33 @@ def test_code_that_comes_with_a_model_runs_only_when_trusted(tmp_path):
     with pytest.raises(ModelError, match="trust_remote_code"): plan.fit()
     assert not (tmp_path/"r").exists()
     assert type(plan.fit(trust_remote_code=True).model).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_an_8_bit_layer_keeps_no_input_for_its_frozen_weight(tiny_wide, recompute):
+    "bitsandbytes holds the inputs of 8-bit layers beside autograd's saved tensors, for a gradient that nobody takes. Without them the gradients are the same."
+    import weakref
+    import bitsandbytes as bnb
+    from bitsandbytes.autograd import _functions as products
+    from sftkit.model import load_for_training, load_tokenizer
+    def gradients(model, held=None):
+        for layer in model.modules():
+            if held is not None and isinstance(layer, bnb.nn.Linear8bitLt): layer.register_forward_pre_hook(lambda m, args: held.append(weakref.ref(args[0].untyped_storage())))
+        ids = torch.arange(40)[None] + 5
+        loss = model(input_ids=ids, labels=ids).loss
+        alive = sum(ref() is not None for ref in held or ())
+        loss.backward()
+        return alive, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    r = Recipe(model=tiny_wide, data_path="d", project_name="p", peft=True, quantization="int8", gradient_checkpointing=recompute, lora_dropout=0)
+    load = lambda: load_for_training(r, load_tokenizer(tiny_wide), [], torch.device("cpu"), torch.float32)
+    held, lean = [], load()
+    with torch.no_grad():
+        for n, p in lean.named_parameters():
+            if "lora_B" in n: p.normal_()
+    alive, ours = gradients(lean, held)
+    mended, products.MatMul8bitFp = products.MatMul8bitFp, products.MatMul8bitFp.__base__                   # bitsandbytes' own
+    lean.zero_grad(); held.clear()
+    try: kept, theirs = gradients(lean, held)
+    finally: products.MatMul8bitFp = mended
+    assert len(held) >= 28 and kept > len(held) / 3 and (alive <= 2 if recompute else alive < kept)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)

@@ -30,6 +30,12 @@ def test_every_module_imports_only_from_lower_floors():
         assert not above, f"{name} (floor {floor}) imports {above}"
 
 
+@pytest.mark.parametrize("name", FLOORS)
+def test_no_line_of_a_module_is_longer_than_160_characters(name):
+    long = [f"{name}.py line {n}: {len(line)}" for n, line in enumerate((ROOT / "sftkit" / f"{name}.py").read_text().splitlines(), 1) if len(line) > 160]
+    assert not long, long
+
+
 def test_import_is_quick_and_light():
     code = ("import time; t = time.perf_counter(); import sftkit, sys; dt = time.perf_counter() - t; from sftkit import Session, Recipe; import sftkit.view;"
             "plan = Session('m', project='p').data('d').lora(); plan.recipe; repr(plan);"

@@ -1,9 +1,9 @@
 """What a critical reader found, and what keeps it from coming back."""
 import pytest
 
-from sftkit import Recipe, Run, Session
+from sftkit import Recipe, Session
 from sftkit.cli import main
-from sftkit.data import read_rows
+from sftkit.rows import read_rows
 from sftkit.recipe import DataError, RecipeError, RunError, recipe_fields
 from tiny import save_tiny, write_jsonl
 

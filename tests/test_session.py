@@ -1,5 +1,6 @@
 """Plans, their four spellings, and runs."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, TEXT
 from sftkit import Recipe, Run, Session, compare, train
-from sftkit.recipe import DataError, RecipeError, RunError
+from sftkit.recipe import DataError, RecipeError, RunError, SftkitError
 from running import environment, losses
 from tiny import write_jsonl
 
@@ -54,6 +55,45 @@ def test_in_memory_and_mapped_rows_travel(tiny):
     again = Session.from_yaml("r.yaml").fit(project_name="q")
     assert losses(first) == losses(again)
     assert "TURN OFF" in Path(plan.recipe.data_path).read_text() and "TURN OFF" in Path(plan.recipe.valid_path).read_text()
+
+
+def shout(row): return {"messages": [{**m, "content": m["content"].upper()} for m in row["messages"]]}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["in-memory", "mapped"])
+def test_acceptance_03_the_recipe_of_rows_that_no_file_holds_is_the_same_run(tiny, mapped):
+    plan = Session(tiny, project="p", max_steps=2, **FAST).data(CHAT, eval=CHAT[:4])
+    if mapped: plan = plan.map(shout)
+    plan = plan.lora(r=2)
+    repr(plan), plan._repr_html_(), plan == plan.lora(r=4), hash(plan)
+    plan.preview(n=1), plan.encode(CHAT[0]), next(plan.batches()), plan.memory()
+    assert not Path("p").exists()                                                    # looking writes nothing
+    flat = train(plan.recipe.replace(project_name="flat"))
+    sftkit("llm", *[*plan.recipe.to_args(), "--project-name", "cli"])
+    again = Session.from_recipe(plan.recipe)
+    assert again.recipe == plan.recipe and (again == plan) == (not mapped)
+    assert losses(flat) == losses(Run.open("cli")) == losses(again.fit()) == losses(plan.fit()) and len(losses(flat)) == 2
+
+
+def test_a_recipe_stores_its_rows_again_where_they_are_gone_and_only_if_it_is_a_recipe(tiny):
+    plan = Session(tiny, project="p", **FAST).data(CHAT)
+    first = plan.recipe.data_path
+    Path(first).unlink()
+    assert plan.recipe.data_path == first and len(Path(first).read_text().splitlines()) == len(CHAT)
+    with pytest.raises(RecipeError, match="merge_adapter"): plan.options(project_name="q", merge_adapter=True).recipe
+    assert not Path("q").exists()
+    Path("file").write_text("")
+    with pytest.raises(RunError, match="`file` is a file"): plan.options(project_name="file").recipe
+    with pytest.raises(RecipeError, match="valid_split.*rows are in memory"): plan.options(valid_split="test").recipe
+    with pytest.raises(RecipeError, match="valid_split.*rows are in memory"): plan.options(valid_split="test").map(shout).recipe
+
+
+def test_a_plan_is_shown_without_reading_or_mapping_its_rows(tiny, chat_file):
+    seen = []
+    def slow(row): seen.append(row); return row
+    plan = Session(tiny, project="p", merge_adapter=True).data(chat_file).map(slow)
+    assert "1 map step" in repr(plan) and "merge_adapter" in plan._repr_html_() and not seen
+    with pytest.raises(RecipeError, match="merge_adapter"): plan.recipe
 
 
 @pytest.mark.parametrize("keywords", [
@@ -107,6 +147,39 @@ def test_acceptance_32_errors_name_the_right_field_all_at_once():
     with pytest.raises(RecipeError, match="merge_adapter"): Session("m", project="p", merge_adapter=True).data("d").recipe
 
 
+@pytest.mark.parametrize("typed, told", [
+    (lambda p: p.lora(rank=8), r"`\.lora\(\)` takes no `rank`\. Did you mean `r`\?"), (lambda p: p.lora(lora_alpha=8), "Did you mean `alpha`"),
+    (lambda p: p.lora(lr=1e-3), r"It belongs into \.options\(lr=\.\.\.\)"), (lambda p: p.data("d", evl=0.1), "Did you mean `eval`"),
+    (lambda p: p.data(path="d"), "Did you mean `source`"), (lambda p: p.distill("t", temp=2), "Did you mean `temperature`"),
+    (lambda p: p.quantize(load_in_4bit=True), "Did you mean `bits`"), (lambda p: p.preview(rws=3), "Did you mean `rows`")])
+def test_acceptance_32_a_step_names_the_keyword_that_was_meant(typed, told):
+    with pytest.raises(RecipeError, match=told): typed(Session("m", project="p"))
+
+
+def test_a_step_that_is_none_is_answered_with_the_nearest_and_its_own_errors_are_not_hidden():
+    plan = Session("m", project="p")
+    with pytest.raises(AttributeError, match="has no `dta`. Did you mean `data`"): plan.dta
+    with pytest.raises(AttributeError, match=r"It is a parameter: \.options\(lr=\.\.\.\)"): plan.lr
+    class Broken(Session):
+        @property
+        def encoded(self): return "text".no_such_method
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'no_such_method'"): Broken("m", project="p").encoded
+    import copy, pickle
+    assert copy.copy(plan) == pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_a_notebook_shows_an_error_below_the_lines_that_were_typed_and_no_others():
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell("from sftkit import Session\ndef plan(): return Session('m', project='p').options(learning_rte=1)")
+        import contextlib, io
+        with contextlib.redirect_stdout(io.StringIO()) as out: shell.run_cell("plan()")
+        text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+        assert "Did you mean `lr`?" in text and "plan()" in text and "learning_rte=1" in text and "session.py" not in text and "recipe.py" not in text, text
+    finally: InteractiveShell.clear_instance()
+
+
 def test_acceptance_32_before_anything_is_written(tiny, tmp_path):
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     for source, words in ([], "no rows"), ("bad.jsonl", "line 2"), ("missing.jsonl", "missing.jsonl"), ([{"text": ""}], "train"):
@@ -142,7 +215,7 @@ def test_acceptance_01_commands_of_the_guide(tiny_gpt2, args, capsys):
 
 def test_cli_errors_are_one_message(tiny):
     said = sftkit("llm", "--model", tiny, "--data-path", "none.jsonl", "--project-name", "p", "--learning-rte", "1", "--epochs", code=1)
-    assert "Did you mean `lr`" in said and "--epochs" in said and "Traceback" not in said
+    assert "Did you mean `--lr`" in said and "--epochs" in said and "Traceback" not in said
     assert "`lm` is no command. Did you mean `llm`?" in sftkit("lm", code=1)
 
 
@@ -166,6 +239,7 @@ def test_plans_are_equal_by_what_they_say():
     assert held(rows()) == held(pd.DataFrame(rows())) != held(rows()[:1]) and hash(held(rows())) == hash(held(pd.DataFrame(rows())))
     assert held(rows(), eval=rows()[:1]) == held(rows(), eval=rows()[:1]) != held(rows(), eval=rows()[1:]) != held(rows())
     shout, whisper = (lambda row: row), (lambda row: None)
+    assert held(rows(), eval=rows()[:1]) == Session.from_recipe(held(rows(), eval=rows()[:1]).recipe) and held(rows()).options(valid_split="test") != held(rows())
     assert held("d").map(shout) == held("d").map(shout) != held("d").map(whisper) and held("d").map(shout) != held("d") and len({held("d").map(shout), held("d").map(shout)}) == 1
     from sftkit.training import Trainer
     class Mine(Trainer): pass
@@ -262,6 +336,15 @@ def test_what_eval_names_does_not_depend_on_the_folder(tiny, tmp_path):
     with pytest.raises(DataError, match="no split `test`.*type `./test`"): Session(tiny, project="p", **FAST).data("d/train.jsonl", eval="test")._work.data
 
 
+def test_a_comparison_shows_values_as_they_were_given(tiny, chat_file):
+    runs = [Session(tiny, project=n, **FAST).options(**more).data(chat_file).fit() for n, more in (("a", dict(max_steps=2)), ("b", dict(max_steps=1, eval_steps=20, valid_split=4)))]
+    both = compare(*runs)
+    assert both.differences.loc["max_steps"].tolist() == [2, 1] and both._differing()["eval_steps"] == [None, 20]
+    line = next(l for l in repr(both).splitlines() if l.startswith("eval_steps"))
+    assert line.split() == ["eval_steps", "–", "20"]
+    assert "loss, smoothed" in repr(both) and "best eval loss" in repr(both) and "its perplexity" in repr(both)
+
+
 def test_a_run_without_steps_has_a_history_and_a_place_in_a_comparison(tiny, chat_file):
     from sftkit.events import EventLog, RunDirectory
     run = Session(tiny, project="a", **FAST).data(chat_file).options(max_steps=1).fit()
@@ -288,3 +371,56 @@ def test_eval_names_a_split_of_data_in_memory_too(tiny):
     assert len(data.train_rows) == 8 and [r.value for r in data.valid_rows] == CHAT[8:11]
     Path("test").mkdir()
     with pytest.raises(DataError, match="no split `test`. Splits: train.*type `./test`"): Session(tiny, project="p").data(CHAT, eval="test")
+
+
+PAIRS = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(12)]
+DO = [{"instruction": f"turn on {i}", "input": "the light", "output": f"light {i} on"} for i in range(12)]
+STEP = dict(epochs=1, max_steps=1, batch_size=4, gradient_accumulation=1)
+
+
+def test_what_generate_and_versus_base_take(tiny):
+    import numpy as np
+    import pandas as pd
+    from datasets import Dataset
+    run = Session(tiny, project="chat", chat_template="chatml", **STEP).data(CHAT).fit()
+    asked = CHAT[0]["messages"][0]["content"]
+    one = run.generate(asked, max_new_tokens=3)
+    talk, shared = [{"role": "user", "content": asked}], [{"from": "human", "value": asked}]
+    for single in talk, shared, {"messages": talk}, CHAT[0], [*talk, {"role": "assistant", "content": "x"}]:
+        assert run.generate(single, max_new_tokens=3) == one
+        compared, = run.versus_base(single, max_new_tokens=3)
+        assert (compared["prompt"], compared["tuned"]) == (asked, one) and compared["reference"] == (CHAT[0]["messages"][1]["content"] if single is CHAT[0] else None)
+    for several in [asked] * 2, (asked, asked), [talk, shared], [CHAT[0], asked], pd.DataFrame(CHAT[:1] * 2), Dataset.from_list(CHAT[:1] * 2), np.array([asked] * 2), pd.Series([asked] * 2):
+        assert run.generate(several, max_new_tokens=3) == [one, one] == [c["tuned"] for c in run.versus_base(several, max_new_tokens=3)]
+    assert run.generate([]) == [] == run.versus_base([]) and run.versus_base(asked, max_new_tokens=3)[0]["prompt"] == asked
+    for wrong, says in (None, "The prompt is given as NoneType"), (5, "The prompt is given as int"), (["a", 5], "prompt 2 is given as int"), ((c for c in "ab"), "given as generator"), \
+                       (PAIRS[0], "no column `messages`.*Columns here: prompt, completion"), ([CHAT[0], {"message": []}], "prompt 2 has no column `messages`.*Did you mean `message`"):
+        for verb in run.generate, run.versus_base:
+            with pytest.raises(DataError, match=says): verb(wrong)
+
+
+@pytest.mark.parametrize("rows, template", [(PAIRS, None), (PAIRS, "chatml"), (DO, "alpaca")], ids=["pair", "pair-chat", "instruction"])
+def test_a_row_without_an_answer_can_be_asked_and_not_scored(tiny, rows, template):
+    run = Session(tiny, project="run", chat_template=template, **STEP).data(rows).fit()
+    question = {k: v for k, v in rows[0].items() if k not in ("completion", "output")}
+    answer = next(k for k in rows[0] if k not in question)
+    assert run.generate(question, max_new_tokens=3) == run.generate(rows[0], max_new_tokens=3) == run.generate({**question, answer: ""}, max_new_tokens=3)
+    assert [c["reference"] for c in run.versus_base([rows[0], question], max_new_tokens=2)] == [rows[0][answer], None]
+    with pytest.raises(DataError, match="row 2 has no reference answer"): run.evaluate([rows[0], question], metrics="bleu")
+    with pytest.raises(DataError, match="without one trained token"): run.evaluate([question], metrics="perplexity")
+    assert run.evaluate([rows[0], question], metrics="perplexity")["loss"] == run.evaluate([rows[0]], metrics="perplexity")["loss"] == run.evaluate(rows[0], metrics="perplexity")["loss"]
+
+
+def test_what_evaluate_refuses(tiny, tmp_path):
+    run = Session(tiny, project="run", **STEP).data(PAIRS).fit()
+    for rows, says in ([], "no rows"), (CHAT[:2], "no column `prompt`.*trained on `prompt` . `completion`. Columns here: messages"), (5, "given as int"), ("nix.jsonl", "nix.jsonl"), (["a"], "row 1 is a str"):
+        with pytest.raises(DataError, match=says): run.evaluate(rows, metrics="perplexity")
+    with pytest.raises(DataError, match="held no rows out"): run.evaluate()
+    def broken(predictions, references): return 1 / 0
+    def words(predictions, references): return "many"
+    for metrics, says in ("", "No metric is named"), ([], "No metric"), (None, "Unknown metric `None`"), (5, "Unknown metric `5`"), (broken, "`broken` failed on 2 predictions: ZeroDivisionError"), \
+                         (words, "`words` failed.*ValueError"), ("os:getcwd", "`getcwd` failed"):
+        with pytest.raises(DataError, match=says): run.evaluate(PAIRS[:2], metrics=metrics, max_new_tokens=2)
+    for wrong in dict(batch_size=0), dict(max_new_tokens=0), dict(max_new_tokens="3"):
+        with pytest.raises(SftkitError, match="a whole number is needed, at least 1"): run.evaluate(PAIRS[:2], **wrong)
+    with pytest.raises(SftkitError, match="temperature=-1"): run.generate("x", temperature=-1)

@@ -40,6 +40,8 @@ def test_started_again_under_the_same_name_keeps_the_first_aside(tiny, chat_file
     first = plan.start().wait(120)
     second = plan.start(lr=2e-3).wait(120)
     assert second.path.name == "again" and first.path.name == "again.1" and losses(first)[1:] != losses(second)[1:]
+    kept = "The run that was here before is kept as `again.1`."
+    assert [e["text"] for e in second.events if e["kind"] == "note"].count(kept) == 1 and kept not in [e.get("text") for e in first.events]
 
 
 def test_rows_in_memory_and_own_preprocessing_reach_the_worker(tiny):

@@ -17,7 +17,8 @@ from sftkit import Run, Session
 from sftkit.events import EventLog, RunDirectory, this_process
 from sftkit.model import load_base, load_trained
 from sftkit.recipe import DataError, ModelError, RecipeError, RunError
-from sftkit.training import Engine, NonFiniteLoss, Recorder, Trainer
+from sftkit.engine import Engine, NonFiniteLoss, Recorder
+from sftkit.training import Trainer
 from running import chat_plan, environment, losses, nats_by_hand, real_rows, until
 from tiny import write_jsonl
 
@@ -123,7 +124,8 @@ def test_acceptance_07_quantised_without_adapter_is_refused():
 def test_int4_gradients_survive_an_evaluation_before_training(tiny_wide):
     """bitsandbytes repacks 4-bit layers at an eval-mode forward on some CPUs and then loses gradients; the adapter's gradients must be those of the dequantised model."""
     import bitsandbytes as bnb
-    from sftkit.model import add_lora, token_loss_sum
+    from sftkit.model import add_lora
+    from sftkit.loss import token_loss_sum
     from sftkit.recipe import Recipe
     recipe = Recipe(model=tiny_wide, data_path="d", project_name="p", peft=True, lora_dropout=0.0, quantization="int4")
     batch = next(plan_for(tiny_wide, CHAT).batches())
@@ -170,36 +172,35 @@ import sys
 sys.path.insert(0, {tests!r})
 import conftest
 from sftkit import Session, Run
-plan = Session({model!r}, project={project!r}, chat_template="chatml", epochs=3, lr=1e-2, batch_size=4, gradient_accumulation=2, save_steps=2, valid_split=6){lora}.data({data!r})
+plan = Session({model!r}, project={project!r}, chat_template="chatml", epochs=3, lr=1e-2, batch_size=4, gradient_accumulation=2, save_steps=2, valid_split=6).data({data!r})
 print("ready", flush=True)
 run = Run.open({project!r}).resume() if {resume} else plan.fit()
 """
 
 
-def start(tiny, chat_file, project, lora, resume=False):
-    code = KILLED.format(tests=str(Path(__file__).parent), model=tiny, project=project, data=chat_file, resume=resume, lora=lora)
+def start(tiny, chat_file, project, resume=False):
+    code = KILLED.format(tests=str(Path(__file__).parent), model=tiny, project=project, data=chat_file, resume=resume)
     return subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("lora", ["", ".lora(r=4, dropout=0.1)"])
-def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file, lora):
-    whole = start(tiny, chat_file, "whole", lora)
+def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file):
+    "From outside, at no chosen moment, and resumed by a process that knows the folder alone; the moments, and adapters, are those of test_resume.py."
+    whole = start(tiny, chat_file, "whole")
     for after_step in 3, 7:
         name = f"killed-after-{after_step}"
-        killed, events = start(tiny, chat_file, name, lora), Path(name, "events.jsonl")
+        killed, events = start(tiny, chat_file, name), Path(name, "events.jsonl")
         def reached():
             assert killed.poll() is None
             return f'"kind": "step", "step": {after_step}' in (events.read_text() if events.exists() else "")
-        until(reached, every=0.002)
+        until(reached, 180, every=0.002)
         killed.send_signal(signal.SIGKILL); killed.wait()
-        assert whole.wait(60) == 0
+        assert whole.wait(180) == 0
         run = Run.open(name)
         if run.state == "finished": pytest.fail("the run ended before it was killed; raise the number of steps")
         assert run.state == "died"
-        assert start(tiny, chat_file, name, lora, resume=True).wait(60) == 0
+        assert start(tiny, chat_file, name, resume=True).wait(180) == 0
         assert run.state == "finished" and losses(run) == losses(Run.open("whole")) and len(losses(run)) == 18
-        weights = "adapter_model.safetensors" if lora else "model.safetensors"
-        a, b = load_file(f"whole/{weights}"), load_file(f"{name}/{weights}")
+        a, b = load_file("whole/model.safetensors"), load_file(f"{name}/model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         assert not list(Path(name).glob(".saving*"))
 
@@ -228,10 +229,67 @@ def test_acceptance_26_non_finite_loss_stops_names_rows_and_saves_nothing(tiny):
     plan = plan_for(tiny, CHAT, batch_size=4, gradient_accumulation=1, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0).options(lr=1e30)
     with pytest.raises(NonFiniteLoss, match=r"(?s)At step \d+ .*Rows of that step: row \d+, row \d+"): plan.fit()
     run = Run.open("run")
-    assert run.state == "failed" and "NonFiniteLoss" in run.directory.status()["error"]
+    assert run.state == "failed" and run.directory.status()["error"].startswith("At step")
     assert not Path("run/model.safetensors").exists()
     for _, checkpoint in run.directory.checkpoints():
         assert all(torch.isfinite(v).all() for v in load_file(checkpoint / "model.safetensors").values())
+
+
+class Spoiling(Recorder):
+    "Puts a value into the weights right after the update of a step, as an update that is too large does."
+    step, value = 4, math.nan
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        super().on_optimizer_step(args, state, control, **kwargs)
+        if state.global_step + 1 == self.step:
+            with torch.no_grad(): next(p for p in self.engine.model.parameters() if p.requires_grad).view(-1)[3] = self.value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("lora", [False, True])
+def test_acceptance_26_the_last_update_is_looked_at_before_it_is_saved(tiny, monkeypatch, lora, value):
+    monkeypatch.setattr("sftkit.engine.Recorder", type("Spoiled", (Spoiling,), {"value": value}))
+    plan = plan_for(tiny, CHAT, batch_size=4, gradient_accumulation=1, max_steps=4, save_steps=2)
+    batch = [b for b, _ in zip(plan.batches(), range(4))][-1]
+    rows = ", ".join(f"row {i + 1}" for i in batch["rows"].tolist())
+    with pytest.raises(NonFiniteLoss, match=f"After step 4 .*Rows of that step: {rows}\\. "): (plan.lora(r=4) if lora else plan).fit()
+    run = Run.open("run")
+    assert run.state == "failed" and [step for step, _ in run.directory.checkpoints()] == [2] and not list(Path("run").glob("*.safetensors"))
+
+
+def test_acceptance_26_an_update_that_overflows(tiny):
+    "Loss and gradient of the only step are finite; what weight decay at that learning rate makes of the weights is not."
+    with pytest.raises(NonFiniteLoss, match="After step 1 "): plan_for(tiny, CHAT, max_steps=1, warmup_ratio=0.0, weight_decay=100.0).options(lr=1e37).fit()
+    assert not list(Path("run").glob("*.safetensors")) and not list(Path("run").glob("checkpoint-*"))
+
+
+def test_acceptance_26_the_result_is_looked_at_before_it_is_kept(tiny, monkeypatch):
+    def spoil(self):
+        with torch.no_grad(): next(self.model.parameters()).view(-1)[3] = math.nan
+    monkeypatch.setattr(Engine, "load_best", spoil)
+    with pytest.raises(NonFiniteLoss, match="After step 2 "): plan_for(tiny, CHAT, max_steps=2).fit()
+    assert not list(Path("run").glob("*.safetensors"))
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(tiny, monkeypatch):
+    """The first evaluation overflows, and so does the third; the second is the best, also for a run that reads them from its record."""
+    real = Engine.held_out_loss
+    monkeypatch.setattr(Engine, "held_out_loss", lambda self: math.nan if self.state.global_step in (1, 3) else real(self) + self.state.global_step)
+    plan = plan_for(tiny, CHAT, batch_size=4, gradient_accumulation=1, max_steps=9, valid_split=4, eval_steps=1, early_stopping_patience=3)
+    def result(run):
+        assert run.state == "finished" and [e["loss"] is None for e in run.events if e["kind"] == "eval"] == [True, False, True, False, False]
+        return [e["step"] for e in run.events if e["kind"] == "result"]
+    assert result(plan.fit()) == [2]
+    cut = plan.options(project_name="cut")
+    with monkeypatch.context() as during:
+        def stop(self, args, state, control, **kwargs):
+            if state.global_step == 2: self.engine.run.request("stop")
+        during.setattr(Recorder, "on_step_begin", stop)
+        assert cut.fit().state == "stopped"
+    assert result(cut.options(resume=True).fit()) == [2]
+    monkeypatch.setattr(Engine, "held_out_loss", lambda self: math.nan)
+    never = plan.options(project_name="never").fit()
+    assert never.state == "finished" and [e["step"] for e in never.events if e["kind"] == "result"] == [3]
+    assert any("Stopped early at step 3: 3 evaluations and none had a finite loss" in e["text"] for e in never.events if e["kind"] == "note")
 
 
 def test_acceptance_27_precision(tiny):
@@ -344,7 +402,7 @@ def fit_with_requests(plan, *requests):
             if left and directory.status()["state"] == "paused": [directory.request(name) for name in left.pop(0)]
             return super()._asked()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sftkit.training.Recorder", Asking)
+        patch.setattr("sftkit.engine.Recorder", Asking)
         return plan.fit()
 
 
@@ -383,13 +441,13 @@ def test_requests_of_many_processes_at_once_are_none_lost_and_a_resumed_run_is_n
 
 
 QUIET = """
-import sys
-import sftkit.training
+import importlib.util, sys
+import sftkit.engine
 from sftkit import Run, Session
-class Stopping(sftkit.training.Recorder):
+class Stopping(sftkit.engine.Recorder):
     def on_step_begin(self, args, state, control, **kwargs):
         if self.engine.run.path.name.startswith("stopped") and state.global_step == 1: self.engine.run.request("stop")
-sftkit.training.Recorder = Stopping
+sftkit.engine.Recorder = Stopping
 tiny, wide, gpt2 = sys.argv[1:]
 def plan(project, model=tiny, **fields): return Session(model, project=project, chat_template="chatml", max_steps=4, batch_size=4, gradient_accumulation=1, **fields).data("chat.jsonl", eval=4)
 for project, lora in ("stopped-full", False), ("stopped-lora", True):
@@ -401,14 +459,20 @@ plan("int4", wide).lora(merge=True).quantize("int4").fit().generate("turn on lig
 plan("packed", packing=True, max_seq_length=128).fit().report()
 plan("padded", gpt2, packing=True, max_seq_length=128).lora().fit().versus_base(["turn on light 1"], max_new_tokens=4)
 plan("taught").distill(tiny).fit()
+if importlib.util.find_spec("wandb") and importlib.util.find_spec("tensorboard"):
+    tracked = (plan("stopped-tracked", wide, eval_steps=1, early_stopping_patience=1, early_stopping_threshold=9.0, eval_max_new_tokens=4)
+               .lora().quantize("int4").metrics("bleu,rouge", save_predictions=True).log("wandb,tensorboard"))
+    assert tracked.fit().state == "stopped" and Run.open("stopped-tracked").resume().state == "finished"
+    assert [e for e in Run.open("stopped-tracked").events if "wandb keeps this run" in e.get("text", "")]
 """
 
 
 def test_acceptance_33_runs_and_resumes_say_nothing_but_their_own_lines(tiny, tiny_wide, tiny_gpt2, chat_file):
     """As in a terminal: in a process of its own, since pytest keeps warnings to itself."""
-    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env=environment())
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env=environment("WANDB", WANDB_MODE="offline"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(line.split(" ")[0] in ("starting", "training", "stopped", "finished") for line in done.stdout.splitlines()), done.stdout
+    own = ("starting ", "training ", "stopped ", "finished ", "note: Stopped early at step", "note: wandb keeps this run in")
+    assert all(line.startswith(own) for line in done.stdout.splitlines()), done.stdout
 
 
 def test_a_checkpoint_that_does_not_fit_stops_the_run(tiny, chat_file):

@@ -1,5 +1,5 @@
 """Views are pure functions: what they say is checked against values worked out here, and what they emit is parsed, not eyeballed."""
-import base64, json, math, random, re
+import base64, json, math, random, re, time
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 from made_up_run import made_up_run
 from sftkit import view
 from sftkit.events import replay
-from sftkit.view import (Progress, clip, compare_html, curve_svg, decimate, gauge_html, history_figure, html_escape, human_bytes, human_number, human_seconds, nice_ticks,
-                         plan_html, plan_text, preview_html, preview_text, report_html, run_html, run_text, series, smooth)
+from sftkit.charts import (Average, Progress, Thinned, clip, compare_curves, curve_svg, decimate, gauge_html, history_figure, html_escape, human_bytes, human_number, human_seconds,
+                           nice_ticks, series)
+from sftkit.view import compare_html, forecast_html, plan_html, plan_text, preview_html, preview_text, report_html, run_html, run_text
 
 EVIL = "</div></td></table><script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover=\"x' \u202egpj.exe\x00\u2028\ud800 & 🤗"
-ALLOWED = {"div", "span", "b", "img", "table", "tr", "td", "th", "thead", "tbody"}
+ALLOWED = {"div", "span", "b", "bdi", "code", "img", "table", "tr", "td", "th", "thead", "tbody"}
 VOID = {"img", "meta"}
 
 
@@ -79,15 +80,41 @@ def test_decimation_keeps_extremes_ends_and_gaps(seed):
 
 def test_decimation_leaves_short_curves_alone(): assert decimate([1.0, math.nan, 3.0], 2000) == [0, 1, 2]
 
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000, 12_345])
+def test_a_growing_curve_keeps_what_a_whole_one_keeps(n):
+    rnd = random.Random(n)
+    y, grown = [rnd.gauss(0, 1) for _ in range(n)], Thinned(64)
+    if n > 100: y[n // 3], y[n // 2], y[n - 7] = -99.0, 99.0, math.nan
+    for i, v in enumerate(y):
+        grown.add(v)
+        if i % 97 == 0: assert grown.keep(500)[-1] == i                                      # it may be looked at meanwhile
+    kept = grown.keep(500)
+    assert kept[0] == 0 and kept[-1] == n - 1 and kept == sorted(set(kept)) and len(kept) <= 3 * 64 + 2
+    if n <= 64: assert kept == list(range(n))
+    if n > 100: assert {n // 3, n // 2, n - 7} <= set(kept)
+    assert sum(map(len, grown.stretches)) <= 3 * 64                                     # however long the curve
+
+def smooth(y, span=None):
+    average = Average(span)
+    return [average.add(v) for v in y]
+
 def test_smoothing_is_the_bias_corrected_average():
     y, b = [4.0, 2.0, 3.0], math.exp(-1 / 2) # by definition: sum of b^(n-i) (1-b) y_i over 1 - b^n
     for n in (1, 2, 3):
         by_hand = sum(b ** (n - i) * (1 - b) * y[i - 1] for i in range(1, n + 1)) / (1 - b ** n)
-        assert smooth([1, 2, 3], y, span=2)[n - 1] == pytest.approx(by_hand)
-    assert smooth(range(50), [7.0] * 50)[-1] == pytest.approx(7.0)
+        assert smooth(y, span=2)[n - 1] == pytest.approx(by_hand)
+    assert smooth([7.0] * 50)[-1] == pytest.approx(7.0)
+
+def test_smoothing_over_a_span_that_grows_with_the_run():
+    y = [random.Random(0).gauss(0, 1) for _ in range(400)]
+    mean = weight = 0.0
+    for n, v in enumerate(y, 1):
+        b = math.exp(-1 / max(3, n / 40))                                                    # a fortieth of the steps so far
+        mean, weight = b * mean + (1 - b) * v, b * weight + 1 - b
+    assert smooth(y)[-1] == pytest.approx(mean / weight) and smooth(y[:100]) == smooth(y)[:100]      # what is drawn stays
 
 def test_smoothing_passes_over_nan():
-    out = smooth([1, 2, 3], [math.nan, 5.0, math.nan])
+    out = smooth([math.nan, 5.0, math.nan])
     assert math.isnan(out[0]) and out[1:] == [5.0, 5.0]
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.9, 3.7), (1e-7, 2e-7), (-5, 5), (0, 1e9), (3, 3)])
@@ -136,6 +163,31 @@ def test_feeding_in_pieces_is_feeding_at_once():
     events, p = made_up_run(200), Progress()
     for e in events: p.add([e])
     assert p.facts() == Progress(events).facts() and p.marks == Progress(events).marks
+
+def test_curves_may_be_looked_at_while_they_grow():
+    events = made_up_run(2500, total=6000, state="interrupted") + [{"kind": "state", "state": "training", "step": 2400}]
+    events += [{"kind": "eval", "step": 2400, "loss": 9.0}] + [e for e in made_up_run(6000, seed=1) if e["kind"] in ("step", "eval", "memory") and e["step"] > 2400]
+    p = Progress()
+    for i in range(0, len(events), 53):
+        p.add(events[i:i + 53])
+        series(p, 300)
+    whole = Progress(events)
+    assert series(p, 300) == series(whole, 300) and compare_curves(p) == compare_curves(whole) and p.facts() == whole.facts()
+    x, y = series(p, 300)["loss"]
+    by_step = {e["step"]: e["loss"] for e in p.steps}
+    assert x == sorted(set(x)) and y == [by_step[s] for s in x] and min(y) == min(by_step.values()) and max(y) == max(by_step.values()) and len(by_step) == 6000
+
+def test_what_a_look_costs_does_not_grow_with_the_run():
+    def seconds(n):
+        p, least = Progress(made_up_run(n, total=10**6, state="")), math.inf
+        run_html(p, max_points=400)
+        for i in range(8):
+            p.add([{"kind": "step", "step": n + i + 1, "loss": 1.0, "lr": 1e-5, "grad_norm": 1.0, "tokens": 10, "seconds": 0.1}, {"kind": "eval", "step": n + i + 1, "loss": 1.0}])
+            began = time.thread_time()
+            p.facts(); run_html(p, max_points=400); compare_curves(p, 400)
+            least = min(least, time.thread_time() - began)
+        return least
+    assert seconds(60_000) < 2.5 * seconds(4_000)
 
 
 # --- the chart
@@ -212,6 +264,31 @@ def test_compare_ticks_only_what_is_equal():
     assert "58 more rows" in safe(compare_html([dict(prompt="p", base="b", tuned="t")] * 60, max_rows=2)).words and safe(compare_html([]))
 
 
+# --- the forecast
+
+def forecast(total=30, limit=24, verdict="does not fit"):
+    parts = {"weights": (total - 10) * 2**30, "activations": 10 * 2**30}
+    return dict(total_bytes=total * 2**30, peak_bytes=total * 2**30, limit_bytes=limit * 2**30, parts=parts, labels={"weights": "weights", "activations": EVIL}, moment="backward pass", verdict=verdict,
+                sentence=f"{verdict}: {total}.0 GiB of {limit}.0 GiB on {EVIL}", details=["Highest in the backward pass.", EVIL])
+
+def test_a_forecast_is_a_bar_with_the_limit_and_what_would_help():
+    html = forecast_html(forecast(), [("batch_size=1", 20 * 2**30, True), (f"lr={EVIL}", 29 * 2**30, False)])
+    words, styles = safe(html).words, [v for k, v in Page(html).attributes if k == "style"]
+    assert "does not fit: 30.0 GiB of 24.0 GiB" in words and "What would help batch_size=1 : 20.0 GiB ✓" in words and ": 29.0 GiB" in words and words.count("✓") == 1
+    assert any("width:66.667%" in s for s in styles) and any("width:33.333%" in s for s in styles) and any("left:calc(80.000% - 2px)" in s for s in styles) # of the larger: the whole
+    roomy = forecast_html(forecast(total=12, limit=24, verdict="fits"))
+    assert "What would help" not in roomy and "width:8.333%" in roomy and "left:calc(100.000% - 2px)" in roomy # of the larger: the limit
+    assert "weights: 20.0 GiB (67%)" in titles(html)
+
+def test_the_forecast_of_a_plan_is_drawn_so(tiny, chat_file):
+    from sftkit import Session
+    from sftkit.memory import Forecast
+    said = Session(tiny, project="p").data(chat_file).memory(device_bytes=2**20)
+    html = said._repr_html_()
+    assert isinstance(said, Forecast) and html == forecast_html(said.facts(), [(r.code, r.total_bytes, r.fits) for r in said.remedies]) and "does not fit" in html and safe(html)
+    assert json.loads(json.dumps(said.facts())) == said.facts()
+
+
 # --- the preview
 
 def row(text, pieces, trained=(), limit=None, roles=None, where=None):
@@ -267,6 +344,31 @@ def test_long_rows_are_clipped_around_the_cut():
     left_out = sum(int(n.replace(",", "")) for n in re.findall(r"… ([\d,]+) more tokens", html))
     assert left_out == 4600 and len(html) < 100_000
 
+def plain_row(n, word="word ", **kw): return row(word * n, [word] * n, trained=set(range(n // 2, n)), roles=["user"] * (n // 2) + ["assistant"] * (n - n // 2), **kw)
+
+BIG = {"twenty long rows": [plain_row(2048)] * 20, "one row": [plain_row(30_000)], "many rows": [plain_row(40)] * 2000, "wide tokens": [plain_row(600, "<&" * 150)] * 20,
+       "hidden characters": [row("\u202e" * 9000, ["\u202e" * 15] * 600, where="\u202e" * 300)] * 300, "right to left": [plain_row(2048, "שלום ")] * 20,
+       "a role for each token": [row("ab " * 600, ["ab "] * 600, roles=[f"<b>{i} {'r' * 500}" for i in range(600)])] * 20, "special tokens": [plain_row(2048, "<|im_start|>")] * 20}
+
+@pytest.mark.parametrize("name", BIG)
+def test_a_preview_stays_small_whatever_it_is_given(name):
+    html, text = preview_html(BIG[name], str), preview_text(BIG[name], str)
+    page = safe(html)
+    assert len(html.encode()) < 200_000 and len(text.encode()) < 200_000
+    assert any(t.startswith("id 100 ") for t in titles(html)), "the first tokens tell their id"
+    shown = html.count("tokens trained") # a head for each row
+    left_out = re.search(r"([\d,]+) more rows? (?:is|are) not shown", page.words)
+    assert shown + (int(left_out[1].replace(",", "")) if left_out else 0) == len(BIG[name])
+
+def test_tokens_without_an_id_are_still_told_apart():
+    html = preview_html([plain_row(2048)] * 20, str)
+    words = safe(html).words
+    said = int(re.search(r"ids of the first (\d+) tokens", words)[1])
+    assert len([t for t in titles(html) if t.startswith("id ")]) == 20 * said and said >= 20
+    assert html.count("word ") == 20 * 600 and html.count("┊word ") == 20 * (600 - said) # each token, hovered or not, has an edge
+    small = preview_html([plain_row(300)], str)
+    assert "┊" not in small and "ids of the first" not in small and len([t for t in titles(small) if t.startswith("id ")]) == 300
+
 def test_one_enormous_token(): assert len(preview_html([row("y" * 100_000, ["y" * 100_000])], str)) < 5_000
 
 def test_hostile_rows():
@@ -282,7 +384,8 @@ def test_terminal_variant_is_only_colour():
 def test_the_preview_of_a_real_encoder():
     from tiny import tiny_tokenizer
     from sftkit.chat import resolve_template
-    from sftkit.data import Encoder, Row, detect_shape
+    from sftkit.data import Encoder, detect_shape
+    from sftkit.rows import Row
     tok = tiny_tokenizer(extra=("<|im_start|>", "<|im_end|>"))
     data = {"messages": [{"role": "user", "content": "what is it 🤗?\n<b>"}, {"role": "assistant", "content": "the kitchen light 🤗"}]}
     encoder = Encoder(tok, detect_shape([Row(data, "row 1")]), resolve_template("chatml", tok), max_seq_length=40)
@@ -340,6 +443,38 @@ def test_the_panels_are_well_formed_for(name):
     svg = view.panels_svg(series(odd_runs()[name]))
     ET.fromstring(svg)
     assert "nan" not in svg and "inf" not in svg
+
+@pytest.mark.parametrize("last, highest", [(4.583e-4, 4.583e-4), (4.583e-4, 5.017e-4), (1.2345e-5, 0.001), (0.0001875, 0.003)])
+def test_the_words_of_a_panel_do_not_run_into_each_other(last, highest):
+    steps = [{"kind": "step", "step": i, "loss": 1.0, "lr": lr, "grad_norm": lr, "seconds": 0.01, "tokens": 123_456_789} for i, lr in enumerate((1e-6, highest, last), 1)]
+    texts = [(float(e.get("x")), e.get("text-anchor"), e.text, float(e.get("font-size"))) for e in ET.fromstring(view.panels_svg(series(steps))).iter("{http://www.w3.org/2000/svg}text")]
+    spans = sorted((x, x + 0.575 * size * len(t)) if anchor == "start" else (x - 0.575 * size * len(t), x) for x, anchor, t, size in texts) # DejaVu Sans, the widest of the fonts asked for
+    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])), texts
+
+def test_numbers_of_compared_runs_stand_where_their_lines_end():
+    runs = {f"run {i}": compare_curves([{"kind": "step", "step": s, "loss": 4 - s / 100 + i / 100} for s in range(1, last)]) for i, last in enumerate((300, 300, 150))}
+    texts = [(e.text, float(e.get("x")), float(e.get("y"))) for e in ET.fromstring(view.compare_svg(runs)).iter("{http://www.w3.org/2000/svg}text") if e.get("font-weight") == "600"]
+    lines = [re.findall(r"[ML]([\d.]+) ([\d.]+)", e.get("d"))[-1] for e in ET.fromstring(view.compare_svg(runs)).iter("{http://www.w3.org/2000/svg}path")]
+    at = {name: (x, y) for name, x, y in texts}
+    for name, (x, y) in zip("123", lines): assert at[name][0] == pytest.approx(float(x) + 8, abs=0.2) and -0.2 < at[name][1] - float(y) - 4 < 14.2
+    assert at["3"][1] == pytest.approx(float(lines[2][1]) + 4, abs=0.2) and abs(at["1"][1] - at["2"][1]) >= 13      # apart where they would meet, and only there
+
+def test_checkpoints_stay_apart_and_the_last_is_drawn():
+    steps = [{"kind": "step", "step": s, "loss": 4 - s / 300} for s in range(1, 301)] + [{"kind": "checkpoint", "step": s} for s in range(1, 301)]
+    svg = ET.fromstring(view.curve_svg(series(steps), Progress(steps).marks))
+    at = sorted(float(re.match(r"M([\d.]+) ", e.get("d"))[1]) for e in svg.iter("{http://www.w3.org/2000/svg}path") if e.get("d").endswith("z"))
+    assert 20 < len(at) < 80 and min(b - a for a, b in zip(at, at[1:])) >= 8.9 and at[-1] == pytest.approx(640 - 64 - 4, abs=0.2)
+
+@pytest.mark.parametrize("loss, evals", [(0.0, 0.0), (0.001, 0.0), (0.0, 3.0)])
+def test_numbers_at_the_ends_of_curves_stand_above_the_axis_and_apart(loss, evals):
+    steps = [{"kind": "step", "step": s, "loss": 4.0 * (s < 290) + loss * (s >= 290)} for s in range(1, 601)] + [{"kind": "eval", "step": 600, "loss": evals}]
+    ends = [float(e.get("y")) for e in ET.fromstring(view.curve_svg(series(steps))).iter("{http://www.w3.org/2000/svg}text") if e.get("font-weight") == "600"]
+    assert len(ends) == 2 and max(ends) <= 250 - 42 - 5 and abs(ends[0] - ends[1]) >= 13
+
+def test_blank_answers_take_one_line_wherever_they_are_shown():
+    rows, turns = [dict(prompt="p", base="\n \n\n", tuned="yes\n\n\n")], [dict(user="p", base="\n\n", tuned="yes\n\n", note="")]
+    for text in (compare_html(rows), view.transcript_html(turns), view.transcript_text(turns)): assert "(blank)" in text and "yes\n\n" not in text and "\n\n" not in text
+    assert "\n\n" in view.transcript_html([dict(user="p", base=None, tuned="yes\n\n", note="…")])          # what is being written is left alone
 
 def test_marks_are_thinned_but_trouble_stays():
     marks = [{"step": i, "kind": "failed" if i == 7 else "checkpoint", "label": "x"} for i in range(5000)]

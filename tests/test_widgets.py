@@ -1,12 +1,12 @@
 """The live view: which renderer, what is sent, how it ends, and that it never harms a run. No browser here; see test_browser.py."""
-import io, json, logging, sys, threading, time
+import io, json, logging, re, sys, threading, time
 from pathlib import Path
 import pytest
 from made_up_run import made_up_run
 from running import environment, until as wait_for
-from sftkit import widgets
+from sftkit import view, widgets
 from sftkit.recipe import RunError
-from sftkit.view import Progress
+from sftkit.charts import Progress
 from sftkit.widgets import HtmlRenderer, LiveView, Publisher, TerminalRenderer, WidgetRenderer, choose_renderer, clicks_arrive, live, make_renderer, watch
 
 
@@ -126,13 +126,27 @@ def test_a_reload_is_noticed(sent):
     v.get_state("title"); assert v.page_reloads == 0
     v.get_state(); assert v.page_reloads == 1; v.close()
 
-def test_pushing_is_cheap(sent):
-    p = Progress(made_up_run(10_000)); v = LiveView("run", progress=p)
-    begin = time.perf_counter()
-    for i in range(50):
-        e = [{"kind": "step", "step": 10_001 + i, "loss": 1.0, "seconds": 0.1}]; p.add(e); v.push(e)
-    assert (time.perf_counter() - begin) / 50 < 0.02 # 2 ms here; at 5 a second this must stay noise
+def push_seconds(steps, marks=0):
+    "CPU time of the cheapest of some pushes of one new step each, in a run with so much behind it."
+    p = Progress([*made_up_run(steps, total=10**6, state=""), *({"kind": "checkpoint", "step": steps} for _ in range(marks))])
+    v, least = LiveView("run", progress=p), 1.0
+    v.push([])
+    for i in range(30):
+        e = [{"kind": "step", "step": steps + 1 + i, "loss": 1.0, "seconds": 0.1}]
+        begin = time.thread_time(); p.add(e); v.push(e); least = min(least, time.thread_time() - begin)
     v.close()
+    return least
+
+def test_pushing_costs_the_same_however_long_the_run(sent):
+    short = push_seconds(500)
+    assert short < 0.002 and push_seconds(60_000) < 3 * short and push_seconds(500, marks=2000) < 3 * short, short
+
+def test_marks_and_samples_are_sent_when_they_change(sent):
+    p = Progress(); v = LiveView("run", progress=p)
+    for e in ({"kind": "step", "step": 1, "loss": 1.0}, {"kind": "checkpoint", "step": 1}, {"kind": "step", "step": 2, "loss": None}, {"kind": "sample", "when": "before", "prompt": "p", "text": "t"},
+              {"kind": "state", "state": "training", "step": 1}, {"kind": "step", "step": 2, "loss": 1.0}): p.add([e]); v.push([e])
+    assert [("marks" in m, "samples" in m) for m in sent] == [(False, False), (True, False), (True, False), (False, True), (True, False), (False, False)]
+    assert [m["kind"] for m in sent[2]["marks"]] == ["checkpoint", "not finite"] and [m["kind"] for m in sent[4]["marks"]] == ["checkpoint", "resumed"]; v.close()
 
 def test_live_js_is_shipped(): assert "export default" in LiveView._esm and (Path(widgets.__file__).parent/"live.js").exists()
 
@@ -191,6 +205,21 @@ def test_watch_follows_to_the_end(tmp_path):
     write(run, made_up_run(30), pause=0.002); w.join(5)
     assert not w.is_alive() and r.last["step"] == 30 and r.calls[-1] == "finish"
 
+def test_a_view_that_is_dear_is_drawn_less_often(tmp_path):
+    "A renderer that burns 10 ms each time and wants to be called all the time gets less than a hundredth of the time, and a little to begin with."
+    run, burned = tmp_path/"run", []
+    class Dear(Recorder):
+        interval = 0.001
+        def push(self, events, progress):
+            began = time.thread_time()
+            while time.thread_time() - began < 0.01: pass
+            burned.append(time.thread_time() - began)
+    write(run, made_up_run(3, state=""))
+    stop = threading.Event(); w = watch(run, renderer=Dear(), stop=stop); began = time.monotonic()
+    while time.monotonic() - began < 4: write(run, [{"kind": "step", "step": 4, "loss": 1.0}]); time.sleep(0.01)
+    stop.set(); w.join(5)
+    assert len(burned) >= 4 and sum(burned) < 0.04 + 0.01 * 4 + 0.02, burned
+
 def test_watching_a_finished_run_ends_at_once(tmp_path):
     write(tmp_path/"run", made_up_run(5)); r = Recorder()
     watch(tmp_path/"run", renderer=r).join(5)
@@ -222,6 +251,36 @@ def test_log_lines(tmp_path):
     with live(tmp_path/"run", renderer=TerminalRenderer("run", bar=False, seconds=60, file=out)): write(tmp_path/"run", made_up_run(200), pause=0.004)
     lines = out.getvalue().splitlines()
     assert 2 <= len(lines) <= 4 and lines[-1].startswith("finished · step 200 · loss") and "\x1b" not in out.getvalue() # not a line per step
+
+@pytest.mark.parametrize("bar", [False, True], ids=["lines", "bar"])
+def test_notes_stay_on_the_terminal_each_once(tmp_path, bar):
+    class Tty(io.StringIO):
+        def isatty(self): return bar
+    notes = [{"kind": "note", "level": "warning", "text": "4 of 48 rows are held out. " * 9}, {"kind": "note", "level": "info", "text": "\x1b[31mkept as [bold]again.1[/]"}, {"kind": "oom", "step": 40, "text": "Memory ran out."}]
+    out, events = Tty(), made_up_run(80)
+    with live(tmp_path/"run", renderer=TerminalRenderer("run", bar=bar, seconds=60, file=out)): write(tmp_path/"run", [*events[:10], *notes, *events[10:]], pause=0.004)
+    lines = out.getvalue().replace("\r", "\n").splitlines()
+    said = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() for line in lines]
+    for text in ("warning: " + notes[0]["text"].strip(), "note: ⟨U+001B⟩[31mkept as [bold]again.1[/]", "note: Memory ran out."): assert said.count(text) == 1, (text, said)
+
+def test_what_a_run_is_about_is_said_while_it_lasts(tmp_path):
+    out, events = io.StringIO(), made_up_run(30)
+    doing = lambda text: {"kind": "doing", "text": text}
+    with live(tmp_path/"run", renderer=TerminalRenderer("run", bar=False, seconds=60, file=out)):
+        for part in ([events[0], doing("loading the model")], [doing("answering 3 prompts")], events[1:20], [doing("evaluating on 60 rows")], events[20:]):
+            write(tmp_path/"run", part); time.sleep(0.7)
+    states = [line.partition(" · ")[0] for line in out.getvalue().splitlines()]
+    assert states == ["starting (loading the model)", "starting (answering 3 prompts)", "training", "training (evaluating on 60 rows)", "finished"], states
+    p = Progress([events[0], doing("loading the model")])
+    assert widgets._live_facts(p)["badge"] == "◌ starting · loading the model" and "◌ starting · loading the model" in view.run_html(p)
+    assert "doing" not in view.run_html(p.add([doing("\u202e<script>")])) and "⟨U+202E⟩&lt;script&gt;" in view.run_html(p) and Progress(events).facts()["doing"] == ""
+
+def test_a_terminal_shows_a_run_once_however_often_it_is_asked_to(tmp_path, nowhere, capsys):
+    write(tmp_path/"run", made_up_run(20, state=""))
+    first, second = (watch(tmp_path/"run", "plain") for _ in range(2))
+    write(tmp_path/"run", [{"kind": "note", "level": "info", "text": "only once"}, made_up_run(20)[-1]]); first.join(10)
+    assert first is second and capsys.readouterr().out.count("note: only once") == 1
+    assert watch(tmp_path/"run", "plain") is not first                            # of a run that ended, its end may be asked for again
 
 def test_terminal_bar_shows_figures_and_leaves_one_line(tmp_path):
     class Tty(io.StringIO):
@@ -266,6 +325,46 @@ def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, mo
     assert "widget-view" not in saved and len(saved) < most, len(saved)
     shown = [b for b in bundles if b["text/html"]]
     assert len(shown) == 1 and f"step</span> <b" in shown[0]["text/html"] and shown[0]["text/plain"].startswith(f"finished · step {steps:,} ") and "data:image/svg+xml" in shown[0]["text/html"]
+
+
+@pytest.mark.parametrize("place, asked, stays", [("x.ipynb", False, True), ("x.ipynb", True, True), ("", False, False)])
+def test_a_view_can_be_asked_for_after_the_end(nowhere, place, asked, stays):
+    "A page that was reloaded while the cell was busy gets its answer when the cell has ended; without a page there is nobody to wait for."
+    import IPython.display
+    nowhere.setattr(IPython.display, "display", lambda *args, **kw: type("Handle", (), {"update": lambda self, *args, **kw: None})())
+    if place: nowhere.setenv("JPY_SESSION_NAME", place)
+    r, p = WidgetRenderer("run"), Progress(made_up_run(20))
+    r.linger_seconds = 0.3
+    r.start(p); r.finish(p)
+    assert (r.view.comm is not None) == stays
+    if asked: assert r.view.get_state()["history"]["facts"]["state"] == "finished"
+    time.sleep(0.6)
+    assert (r.view.comm is not None) == asked
+    r.view.close()
+
+
+# --- nothing but the view
+
+QUIET = {"plan": "plan", "preview": "plan.preview()", "memory": "plan.memory()", "fit": "run = plan.fit()", "history": "run.history.tail(2)", "again": "more = plan.lora(r=4).fit(project_name='adapter', epochs=1)",
+         "start": "aside = plan.start(project_name='aside', max_steps=3).wait()", "generate": "run.generate('turn on light 1', 8)", "both": "run.versus_base(['turn on light 1'], 8)",
+         "scores": "run.evaluate(metrics='perplexity,exact_match', max_new_tokens=8)", "chat": "talk = run.chat(max_new_tokens=8)\ntalk.send('turn on light 1').join(60)\ntalk", "silent": "import time; time.sleep(1)"}
+
+@pytest.mark.parametrize("renderer", ["html", "widget"])
+def test_a_notebook_holds_what_was_asked_for_and_nothing_else(tmp_path, tiny, chat_file, renderer):
+    "No warning, no bar, no log line of any library: what a cell leaves is one view or one value."
+    import nbclient, nbformat
+    begin = f"from sftkit import Session\nplan = Session({tiny!r}, project='quiet').data({chat_file!r}, eval=8).options(max_steps=12, batch_size=4, gradient_accumulation=1, eval_steps=4, save_steps=4)"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (begin, *QUIET.values())])
+    env = environment("TOKENIZERS_PARALLELISM", "SFTKIT_RENDERER", SFTKIT_RENDERER=renderer)                # a user's environment has neither
+    nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}, store_widget_state=False).execute(env=env)
+    left = dict(zip(("begin", *QUIET), (cell.outputs for cell in book.cells)))
+    for name, outputs in left.items(): assert {o.output_type for o in outputs} <= {"display_data", "execute_result"}, (name, outputs)      # no stream, no error
+    seen = {name: [o.data for o in outputs if "<" in o.data.get("text/html", "") and "sft-panel" not in o.data["text/html"] or o.output_type == "execute_result"] for name, outputs in left.items()}
+    assert {name: len(shown) for name, shown in seen.items()} == {"begin": 0, **dict.fromkeys(QUIET, 1), "silent": 0}
+    for name in ("fit", "again", "start"):
+        assert "finished" in seen[name][0]["text/plain"] and "data:image/svg+xml" in seen[name][0]["text/html"]
+        assert [o.data["text/html"] for o in left[name] if o.data not in seen[name]] in ([], [""])            # the emptied twin of a widget
+    assert "widget-view" not in json.dumps(book)
 
 
 # --- what the buttons and the panels say

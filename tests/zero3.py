@@ -4,12 +4,13 @@ import sys
 import deepspeed
 import torch
 import torch.distributed as dist
-import sftkit.model as model_module
-from sftkit.model import load_base, recompute_activations, token_loss_sum
+import sftkit.loss as loss_module
+from sftkit.model import load_base, recompute_activations
+from sftkit.loss import token_loss_sum
 
 deepspeed.init_distributed("gloo")
 whole = load_base(sys.argv[1]).train()
-model_module._CHUNK_LOGITS = 64 * whole.config.vocab_size                    # 64 tokens at a time
+loss_module._CHUNK_LOGITS = 64 * whole.config.vocab_size                    # 64 tokens at a time
 sharded = copy.deepcopy(whole)
 for m in (whole, sharded): recompute_activations(m)
 config = dict(zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0), gradient_clipping=0, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_allow_untested_optimizer=True)
