@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.recipe._convert': ('recipe.html#_convert', 'sftkit/recipe.py'),
                                'sftkit.recipe._flag': ('recipe.html#_flag', 'sftkit/recipe.py'),
                                'sftkit.recipe._flag_value': ('recipe.html#_flag_value', 'sftkit/recipe.py'),
+                               'sftkit.recipe._hints': ('recipe.html#_hints', 'sftkit/recipe.py'),
                                'sftkit.recipe._limit': ('recipe.html#_limit', 'sftkit/recipe.py'),
                                'sftkit.recipe._model_conflicts': ('recipe.html#_model_conflicts', 'sftkit/recipe.py'),
                                'sftkit.recipe._opt': ('recipe.html#_opt', 'sftkit/recipe.py'),

@@ -121,7 +121,7 @@ class Engine(SFTTrainer):
 
     def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=(), flat=False, prompts=()):
         from datasets import Dataset
-        self.flat, self.prompts = flat, prompts
+        self.flat, self.prompts, self.answered = flat, prompts, {}   # answers to the prompts, by the step of the weights that gave them
         self.data_prepared, self.run, self.events, self.teacher, self.evaluations = data, run, log, teacher, list(evaluations)
         self.step_parts, self.step_batches, self.grad_norm = None, [], None
         self.eval_rows = data.recipe.eval_batch_size or data.recipe.batch_size
@@ -293,9 +293,12 @@ class Engine(SFTTrainer):
         "Answer the prompts greedily and record them as `sample` events."
         d, prompts = self.data_prepared, self.prompts
         if not prompts: return
-        self.recorder.add("doing", text=f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
-        answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, batch_size=size, stop_ids=d.stop_ids)
-        for (prompt, reference, _), text in zip(prompts, self._in_memory(answer, len(prompts), True)):
+        step = self.best_step or self.state.global_step if when == "after" else when
+        if step not in self.answered:
+            self.recorder.add("doing", text=f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
+            answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, batch_size=size, stop_ids=d.stop_ids)
+            self.answered[step] = self._in_memory(answer, len(prompts), True)
+        for (prompt, reference, _), text in zip(prompts, self.answered[step]):
             self.recorder.add("sample", when=when, prompt=prompt, reference=reference, text=text)
 
     def _best(self): # (step, loss) of the best evaluation or None, and how many came after the last improvement

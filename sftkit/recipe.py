@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError
            'evaluates', 'without_effect', 'hub_access', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import contextlib, dataclasses, difflib, logging, math, os, re, types, typing, uuid
+import contextlib, dataclasses, difflib, functools, logging, math, os, re, types, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,8 +221,10 @@ def recipe_fields()->dict[str, dataclasses.Field]: # name -> field, in order
 
 def _required(f): return f.default is dataclasses.MISSING
 _STEP_FOR = dict(data_path=" (in a notebook: .data(\"train.jsonl\"))")
+@functools.cache
+def _hints(): return typing.get_type_hints(Recipe)
 def _types(f):
-    hint = typing.get_type_hints(Recipe)[f.name]
+    hint = _hints()[f.name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 # %% ../nbs/00_recipe.ipynb #552a69c1

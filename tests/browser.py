@@ -12,7 +12,7 @@ import contextlib, importlib.util, json, os, shutil, signal, socket, subprocess,
 from dataclasses import dataclass
 from pathlib import Path
 
-from running import ROOT, environment
+from running import PYTHON, ROOT, environment
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -100,8 +100,11 @@ def lab(root_dir, env=None):
         kernel_env = environment(OMP_NUM_THREADS="1", IPYTHONDIR=f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, **(env or {}))
         for name in ("SFTKIT_RENDERER", "VSCODE_PID", "JPY_SESSION_NAME"):
             if name not in (env or {}): kernel_env.pop(name, None)
-        command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+        command = [PYTHON, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
                    f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+        kernel = Path(aside)/"data"/"kernels"/"python3"/"kernel.json"
+        kernel.parent.mkdir(parents=True)
+        kernel.write_text(json.dumps(dict(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3", language="python")))
         quiet = Path(aside)/"settings"/"@jupyterlab"/"apputils-extension"
         quiet.mkdir(parents=True)
         (quiet/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')

@@ -1,3 +1,5 @@
+import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,11 +10,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")                  # tiny models: th
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import running                             # before `sys.executable` is another
+import warm
 from tiny import save_tiny, write_jsonl
 
 CHAT = [{"messages": [{"role": "user", "content": f"turn {'on' if i % 3 else 'off please'} light {i}" + " in the kitchen" * (i % 4)},
                       {"role": "assistant", "content": f"light {i % 7} " + ("on" if i % 3 else "off") + " now" * (i % 5)}]} for i in range(48)]
 TEXT = [{"text": f"Question: what is {i}? " + "Answer: it is " * (1 + i % 3) + f"{i % 5}."} for i in range(40)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    "Each run looks for what it can free; what was imported need not be looked through every time."
+    if importlib.util.find_spec("torch"): import sftkit.training, trl, peft    # noqa: E401
+    gc.collect(); gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_python():
+    "Processes that the tests start, or what they test starts, have imported PyTorch when they begin."
+    with warm.start() as program, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        yield
 
 
 @pytest.fixture(autouse=True)

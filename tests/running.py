@@ -1,11 +1,11 @@
-"""What the tests that train share: plans over the small chat, a run's steps, the loss by hand, waiting, and the environment of a process that is started."""
+"""What the tests that train share: plans over the small chat, a run's steps, the loss by hand, waiting, and how a process is started."""
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable                    # as new as a process can be; in tests, `sys.executable` is that of warm.py
 
 
 def chat_plan(model, project, source, eval=None, **fields):
@@ -58,30 +58,3 @@ def environment(
     without = ("WORLD_SIZE", "RANK", "LOCAL_RANK", *without)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {k: v for k, v in os.environ.items() if not k.startswith(without)} | {"PYTHONPATH": path} | more
-
-
-FORKING = """
-import os, sys, traceback
-sys.path.insert(0, sys.argv[1])
-import conftest, sftkit.session, sftkit.training, sftkit.export, trl, peft
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        try: exec(eval(line), {"sys": sys}); code = 0
-        except BaseException: traceback.print_exc(); code = 1
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Forking:
-    "A process that has imported everything and forks for each piece of code that it is sent, in the folder the tester is in: a process that may be killed, without the seconds that a new one takes."
-    def __init__(self):
-        self.process = subprocess.Popen([sys.executable, "-c", FORKING, str(ROOT/"tests")], env=environment(CUDA_VISIBLE_DEVICES=""), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, code): # exit code; negative: the signal that ended it
-        here = f"import os; os.chdir({os.getcwd()!r}); sys.stdout = open(os.devnull, 'w')\n"
-        self.process.stdin.write(repr(here + code) + "\n"); self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def close(self): self.process.communicate(timeout=60)

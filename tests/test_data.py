@@ -599,9 +599,10 @@ def test_sample_data_is_in_the_package():
 
 def test_reading_lines_needs_neither_torch_nor_pandas(tmp_path):
     import subprocess
+    from running import PYTHON
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     code = f"import sys; from sftkit.data import detect_shape; from sftkit.rows import read_rows; detect_shape(read_rows({path!r})); assert not {{'torch', 'transformers', 'pandas', 'datasets'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([PYTHON, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize("content, columns, first", [

@@ -240,3 +240,16 @@ def test_acceptance_17_a_batch_of_unlike_rows_is_the_sum_of_its_rows(tiny, dropp
     ce, kl, gradient = sums(flat_batch(batch) if flat else batch)
     assert ce == pytest.approx(sum(r[0] for r in rows), rel=1e-5) and kl == pytest.approx(sum(r[1] for r in rows), rel=1e-4) and kl > 0.1
     assert torch.allclose(gradient, sum(r[2] for r in rows), atol=1e-4)
+
+
+@pytest.mark.parametrize("more, asked", [(dict(max_steps=4, eval_steps=2), ["before", 2, 4]), (dict(max_steps=3, eval_steps=2), ["before", 2, "after"])], ids=["evaluated at the last step", "trained on after it"])
+def test_prompts_are_answered_once_by_the_same_weights(tiny, monkeypatch, more, asked):
+    "Answering takes as long as many steps; the answers after training are those of an evaluation at its last step."
+    from sftkit import engine
+    count, generate = [], engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: count.append(1) or generate(*a, **k))
+    run = plan_for(tiny, eval=3, **more).fit()
+    samples = {when: [e["text"] for e in run.events if e["kind"] == "sample" and e["when"] == when] for when in ("before", 2, more["max_steps"], "after")}
+    assert len(count) == len(asked) and len(samples["after"]) == 3
+    monkeypatch.undo()
+    assert samples["after"] == [run.generate(e["prompt"], max_new_tokens=64) for e in run.events if e["kind"] == "sample" and e["when"] == "after"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT
-from running import Forking, chat_plan, environment, losses, until
+import warm
+from running import chat_plan, environment, losses, until
 from safetensors.torch import load_file
 from sftkit import Run
 from sftkit.engine import Recorder
@@ -69,10 +70,10 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def forks():
-    forks = Forking()
-    yield forks
-    forks.close()
+def forked():
+    "Runs a piece of code in a process that has imported sftkit already, and may be killed; gives its exit code."
+    with warm.start("sftkit.session", "sftkit.training", "sftkit.export", "trl", "peft") as program:
+        yield lambda code: subprocess.run([program, "-c", code], stdout=subprocess.DEVNULL).returncode
 
 
 def plan_code(model, project, fields):
@@ -94,23 +95,23 @@ def same_run(whole, other):
 
 
 @pytest.fixture(scope="module")
-def wholes(tiny, tmp_path_factory, forks):
+def wholes(tiny, tmp_path_factory, forked):
     "Folders of runs that nobody killed, by the name of what they train."
     def train(folder, fields):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             write_jsonl("chat.jsonl", CHAT[:24]); write_jsonl("valid.jsonl", CHAT[24:30])
-            assert forks.run(plan_code(tiny, "run", fields) + "plan.fit()") == 0
+            assert forked(plan_code(tiny, "run", fields) + "plan.fit()") == 0
         return Run.open(folder/"run")
     return {name: train(tmp_path_factory.mktemp("whole"), fields) for name, fields in (("worse", WORSE), ("middle", MIDDLE))}
 
 
-def kill_and_resume(forks, tiny, fields, *moments):
+def kill_and_resume(forked, tiny, fields, *moments):
     write_jsonl("chat.jsonl", CHAT[:24]); write_jsonl("valid.jsonl", CHAT[24:30])
     for i, moment in enumerate(moments):
-        assert forks.run(plan_code(tiny, "run", fields) + KILLER + moment + "\n" + ("plan.options(resume=True).fit()" if i else "plan.fit()")) == -signal.SIGKILL
+        assert forked(plan_code(tiny, "run", fields) + KILLER + moment + "\n" + ("plan.options(resume=True).fit()" if i else "plan.fit()")) == -signal.SIGKILL
         for _, path in RunDirectory("run").checkpoints(): assert (path/"optimizer.pt").exists() and (path/"trainer_state.json").exists()       # what is listed is whole
-    assert forks.run(plan_code(tiny, "run", fields) + "plan.options(resume=True).fit()") == 0
+    assert forked(plan_code(tiny, "run", fields) + "plan.options(resume=True).fit()") == 0
     return Run.open("run")
 
 
@@ -122,21 +123,21 @@ def test_the_runs_that_are_killed_are_as_meant(wholes):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_acceptance_24_killed_at_any_moment(forks, tiny, wholes, moment):
-    same_run(wholes["worse"], kill_and_resume(forks, tiny, WORSE, MOMENTS[moment]))
+def test_acceptance_24_killed_at_any_moment(forked, tiny, wholes, moment):
+    same_run(wholes["worse"], kill_and_resume(forked, tiny, WORSE, MOMENTS[moment]))
 
 
 @pytest.mark.parametrize("moment", ["writing('step', 9)", "writing('eval', 9)", "writing('checkpoint', 9)", "writing('checkpoint', 9, before=False)", "writing('sample', 'after')", "writing('result')"])
-def test_acceptance_24_killed_at_the_end_of_a_run_that_ends_within_an_epoch(forks, tiny, wholes, moment):
-    same_run(wholes["middle"], kill_and_resume(forks, tiny, MIDDLE, moment))
+def test_acceptance_24_killed_at_the_end_of_a_run_that_ends_within_an_epoch(forked, tiny, wholes, moment):
+    same_run(wholes["middle"], kill_and_resume(forked, tiny, MIDDLE, moment))
 
 
-def test_acceptance_24_killed_again_and_again(forks, tiny, wholes):
-    same_run(wholes["worse"], kill_and_resume(forks, tiny, WORSE, *(MOMENTS[m] for m in ("while checkpoints rotate", "in the evaluation that stops early", "after the evaluation that stops early", "in the final scores"))))
+def test_acceptance_24_killed_again_and_again(forked, tiny, wholes):
+    same_run(wholes["worse"], kill_and_resume(forked, tiny, WORSE, *(MOMENTS[m] for m in ("while checkpoints rotate", "in the evaluation that stops early", "after the evaluation that stops early", "in the final scores"))))
 
 
 @pytest.mark.parametrize("step", [3, 6, 8, 12])
-def test_acceptance_24_stopped_within_or_at_the_end_of_an_epoch(forks, tiny, wholes, step):
+def test_acceptance_24_stopped_within_or_at_the_end_of_an_epoch(forked, tiny, wholes, step):
     "A stop writes a checkpoint and makes no evaluation that the whole run does not make."
     write_jsonl("chat.jsonl", CHAT[:24]); write_jsonl("valid.jsonl", CHAT[24:30])
     stop = f"""
@@ -147,9 +148,9 @@ class Stopping(engine.Recorder):
 engine.Recorder = Stopping
 assert plan.fit().state == "stopped"
 """
-    assert forks.run(plan_code(tiny, "run", WORSE) + stop) == 0
+    assert forked(plan_code(tiny, "run", WORSE) + stop) == 0
     assert RunDirectory("run").checkpoints()[-1][0] == step
-    assert forks.run(plan_code(tiny, "run", WORSE) + "plan.options(resume=True).fit()") == 0
+    assert forked(plan_code(tiny, "run", WORSE) + "plan.options(resume=True).fit()") == 0
     run = Run.open("run")
     assert made(run, "checkpoint", "step") == sorted({*made(wholes["worse"], "checkpoint", "step"), (step,)})
     assert made(run, "eval", "step", "loss") == made(wholes["worse"], "eval", "step", "loss")

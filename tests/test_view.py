@@ -426,9 +426,10 @@ def test_history_figure():
     assert history_figure([]) is not None
 
 def test_views_import_nothing_heavy():
-    import subprocess, sys
+    import subprocess
+    from running import PYTHON
     code = "import sys, sftkit.view; print([m for m in ('torch', 'transformers', 'ipywidgets', 'plotly', 'IPython', 'pandas', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"
+    assert subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"
 
 
 # --- scores, panels, and rows that mean harm

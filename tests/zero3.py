@@ -8,6 +8,7 @@ import sftkit.loss as loss_module
 from sftkit.model import load_base, recompute_activations
 from sftkit.loss import token_loss_sum
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False              # which would be compiled for a minute
 deepspeed.init_distributed("gloo")
 whole = load_base(sys.argv[1]).train()
 loss_module._CHUNK_LOGITS = 64 * whole.config.vocab_size                    # 64 tokens at a time
