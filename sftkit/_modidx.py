@@ -113,6 +113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'sftkit.chat._paint': ('chat.html#_paint', 'sftkit/chat.py'),
                              'sftkit.chat._plain': ('chat.html#_plain', 'sftkit/chat.py'),
                              'sftkit.chat._probed': ('chat.html#_probed', 'sftkit/chat.py'),
+                             'sftkit.chat._read_source': ('chat.html#_read_source', 'sftkit/chat.py'),
                              'sftkit.chat._regions': ('chat.html#_regions', 'sftkit/chat.py'),
                              'sftkit.chat._reply': ('chat.html#_reply', 'sftkit/chat.py'),
                              'sftkit.chat._reply_start': ('chat.html#_reply_start', 'sftkit/chat.py'),

@@ -133,12 +133,19 @@ def resolve_template(
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
     elif os.path.isfile(path := os.path.expanduser(chat_template)): # False, not an error, for a text that can't be a file's name
-        source = Path(path).read_text(encoding="utf-8")
+        source = _read_source(path)
     else:
         raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, "
                             "or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
+
+def _read_source(path): # -> the text of a .jinja file
+    try: return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"The chat template in `{path}` is not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}). "
+                            "Save the file as UTF-8.") from None
+    except OSError as error: raise TemplateError(f"The chat template in `{path}` cannot be read: {error}.") from error
 
 def _short(value): # -> a few characters of any value, for messages
     text = repr(value)

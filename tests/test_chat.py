@@ -452,6 +452,16 @@ def test_resolve_template(tmp_path, tokenizer):
     assert resolve_template(None, several).jinja == source and resolve_template("tool_use", several).jinja == "{{ tools }}" + source
 
 
+def test_a_template_file_that_is_no_text_says_so(tmp_path, tokenizer, monkeypatch):
+    (path := tmp_path / "mine.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(TemplateError, match=rf"`{path}` is not UTF-8 text \(byte 0xe9 at position 4\). Save the file as UTF-8"): resolve_template(str(path), tokenizer)
+    path.write_bytes(b"\xef\xbb\xbf{{ 'x' }}")
+    assert resolve_template(str(path), tokenizer).jinja == "{{ 'x' }}"                                        # a byte-order mark is no part of what is trained
+    def refused(*args, **kw): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(TemplateError, match=rf"`{path}` cannot be read: .*Permission denied"): resolve_template(str(path), tokenizer)
+
+
 def test_missing_markers(tokenizer):
     bare = tiny_tokenizer()
     assert missing_markers(templates()["chatml"], bare) == ["<|im_start|>", "<|im_end|>"]
