@@ -126,6 +126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'sftkit.chat._wants_parts': ('chat.html#_wants_parts', 'sftkit/chat.py'),
                              'sftkit.chat._with_content': ('chat.html#_with_content', 'sftkit/chat.py'),
                              'sftkit.chat.check_messages': ('chat.html#check_messages', 'sftkit/chat.py'),
+                             'sftkit.chat.check_tools': ('chat.html#check_tools', 'sftkit/chat.py'),
                              'sftkit.chat.missing_markers': ('chat.html#missing_markers', 'sftkit/chat.py'),
                              'sftkit.chat.render': ('chat.html#render', 'sftkit/chat.py'),
                              'sftkit.chat.render_prompt': ('chat.html#render_prompt', 'sftkit/chat.py'),

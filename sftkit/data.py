@@ -11,8 +11,8 @@ import difflib, json, math, random, sys
 from dataclasses import dataclass
 from itertools import chain
 import numpy as np
-from .recipe import DataError, ModelError, did_you_mean
-from .chat import check_messages, render, render_prompt, resolve_template
+from .recipe import DataError, ModelError, TemplateError, did_you_mean
+from .chat import check_messages, check_tools, render, render_prompt, resolve_template
 from .rows import LAYOUTS, Row, clean_row, layouts, plain
 
 # %% ../nbs/04_data.ipynb #36c1d442
@@ -301,20 +301,21 @@ class Encoder:
         self.suffix = [i for i in suffix if i != eos] + ([eos] if add_eos_token and eos is not None and not self.chat else [])
         self._anchors = _anchor_ids(tokenizer)
 
-    def _tools(self, row): return row.get("tools") if "tools" in self.shape.columns else None
+    def _tools(self, row, where): return check_tools(row.get("tools"), where) if "tools" in self.shape.columns else None
 
     def _render(self, row): # Row -> text, [(start, end, role, trained)], notes
         "The text of a row and its spans, trained as the template or the columns say."
         value, where = row.value, row.where
         if self.chat:
             if _blank(value, self.shape): return "", [], ()
-            messages = check_messages(conversation(value, self.shape, where), where)
-            done = render(messages, self.template, self.tokenizer, self._tools(value))
-            begin = 0
-            if self.train_on == "completion":
-                replies = value.get(self.shape.columns[1])
-                asked = messages[:-len(replies) if isinstance(replies, list) else -1]
-                begin = len(render_prompt(asked, self.template, self.tokenizer, self._tools(value)))
+            messages, begin = check_messages(conversation(value, self.shape, where), where), 0
+            written_by = self.template, self.tokenizer, self._tools(value, where)
+            try:
+                done = render(messages, *written_by)
+                if self.train_on == "completion":
+                    replies = value.get(self.shape.columns[1])
+                    begin = len(render_prompt(messages[:-len(replies) if isinstance(replies, list) else -1], *written_by))
+            except TemplateError as error: raise TemplateError(f"{where}: {error}") from error
             return done.text, [(s.start, s.end, s.role, s.trained and s.start >= begin) for s in done.spans if s.end > s.start], done.notes
         columns = self.shape.columns[:2 if self.shape.kind == "pair" else 1]
         parts = [_text(value.get(c), c, where) for c in columns]
@@ -373,7 +374,7 @@ class Encoder:
             messages = check_messages(plain(row), "prompt", needs_reply=False)
             return messages[:-1] if messages[-1]["role"] == "assistant" else messages, None
         messages, last = self._talk(row)
-        return messages[:last], self._tools(clean_row(row, "row"))
+        return messages[:last], self._tools(clean_row(row, "row"), "row")
 
     def _talk(self, row): # -> messages, index of the last answer; their number where there is none
         row = clean_row(row, "row")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
-from sftkit.chat import ChatTemplate, check_messages, missing_markers, render, render_prompt, resolve_template, templates
+from sftkit.chat import ChatTemplate, check_messages, check_tools, missing_markers, render, render_prompt, resolve_template, templates
 from sftkit.recipe import DataError, TemplateError
 
 NAMES = ["chatml", "zephyr", "llama", "llama3", "alpaca", "vicuna", "mistral"]
@@ -539,3 +539,10 @@ def test_what_no_built_in_template_has_a_format_for_is_not_sent_from_one_to_the_
     with pytest.raises(TemplateError) as told: render(talk, templates()["chatml"], tokenizer)
     assert "no format for" in str(told.value) and "vicuna" not in str(told.value) and "the model's own" in str(told.value)
     with pytest.raises(TemplateError, match="with one of chatml, zephyr, llama, llama3, alpaca, vicuna, or"): render([user("x"), user("y"), assistant("z")], templates()["mistral"], tokenizer)
+
+
+@pytest.mark.parametrize("given, says", [(5, "not 5"), ("search", "not 'search'"), (call("Rome")[0], "not {'type'"), (["search"], "and 'search' is none"),
+                                         ([*TOOLS, {"function": "f"}], "and {'function': 'f'} is none"), ([{"name": 5}], "and {'name': 5} is none")])
+def test_tools_that_are_no_descriptions_say_what_they_should_be(given, says):
+    with pytest.raises(DataError, match=rf"^chat.jsonl row 3: `tools` should be a list of tool descriptions \(JSON schemas\), {re.escape(says)}.*or leave `tools` out"): check_tools(given, "chat.jsonl row 3")
+    assert check_tools(TOOLS, "row") == TOOLS and check_tools([], "row") is check_tools(None, "row") is None

@@ -486,6 +486,17 @@ def test_rows_in_error_are_named():
     with pytest.raises(DataError, match="a.jsonl line 2"): encode_rows(rows, Encoder(tok, Shape("messages", ("messages",)), templates()["chatml"]))
     with pytest.raises(DataError, match="row: column `messages` holds nothing"): encoder_for(tok, {"messages": TALK}, "chatml")({"other": 1})
 
+@pytest.mark.parametrize("template, row, says", [
+    ("llama", {"messages": [TALK[0], TALK[2], TALK[1], TALK[2]]}, "does not render.*alternate"), ("chatml", {"messages": [*TALK[1:3], {"role": "tool", "content": "42"}, TALK[2]]}, "format for a message of role tool"),
+    ("chatml", {"messages": TALK, "tools": [{"name": "search"}]}, "format for tools"), ("chatml", {"messages": TALK, "tools": 5}, "`tools` should be a list.*not 5"),
+    ("forgetful", {"messages": TALK}, "leaves out its content"),
+])
+def test_what_a_template_refuses_is_named_by_its_row(tmp_path, template, row, says):
+    rows = read_rows(write_jsonl(tmp_path / "chat.jsonl", [{"messages": TALK[1:3]}] * 40 + [row] + [{"messages": TALK[1:3]}] * 7))
+    forgetful = ChatTemplate("forgetful", "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    encoder = Encoder(tiny_tokenizer(extra=MARKERS), detect_shape(rows), {**templates(), "forgetful": forgetful}[template])
+    with pytest.raises(SftkitError, match=f"^chat.jsonl line 41: .*{says}"): encode_rows(rows, encoder)
+
 
 # ---- all rows -------------------------------------------------------------------------------------------------------
 
