@@ -432,10 +432,15 @@ class Encoded:
 def _nothing_trained(
     stats:dict, # of `encode_rows`
     needed:int|None, # tokens up to the earliest trained one, over all rows; None: no row has any
-    limit:int|None, # max_seq_length
+    short:list[str], # places of rows that are a single token
+    encoder:Encoder, # what they were encoded by
 )->DataError: # to raise
     "Why no row has a trained token."
-    n = stats["rows"]
+    n, limit = stats["rows"], encoder.max_seq_length
+    if needed is None and short:
+        why = f"{len(short)} of them {'is' if len(short) == 1 else 'are'} one token long, e.g. {short[0]}, and nothing predicts a row's first token"
+        help = "Give longer texts" + (", or leave add_eos_token at True, which ends each with a token to learn." if not encoder.add_eos_token else ".")
+        return DataError(f"None of the {n} rows has anything to train on: {why}. {help}")
     if needed is None:
         return DataError(f"None of the {n} rows has anything to train on: every answer (or text) is empty, e.g. {stats['lost_rows'][0]}. "
                          "Check the columns with plan.preview().")
@@ -450,7 +455,7 @@ def encode_rows(
     """Encode rows for training. `stats`: rows, trained_tokens, total_tokens, cut_rows and cut_tokens (beyond `max_seq_length`),
     lost_rows (places of rows with no trained token left; they are not in `examples`), empty_rows (those of them that never had one),
     lengths (of examples), notes (of the template). Raises `DataError` if all are lost."""
-    examples, needed, notes = [], None, {}
+    examples, needed, short, notes = [], None, [], {}
     stats = dict(rows=len(rows), trained_tokens=0, total_tokens=0, cut_rows=0, cut_tokens=0, lost_rows=[], empty_rows=[])
     if not rows: raise DataError("There are no rows to train on.")
     for start in range(0, len(rows), batch_rows):
@@ -468,10 +473,12 @@ def encode_rows(
             stats["lost_rows"].append(row.where)
             trained = np.flatnonzero(t.labels >= 0)
             if len(trained): needed = min(needed or sys.maxsize, int(trained[0]) + 1)
-            else: stats["empty_rows"].append(row.where)
+            else:
+                stats["empty_rows"].append(row.where)
+                if size == 1 and t.roles and (t.roles[0][1] in ("text", "completion") or encoder.train_on == "all" and t.text): short.append(row.where)
     stats["notes"] = list(notes)
     stats["lengths"] = [e["length"] for e in examples]
-    if not examples: raise _nothing_trained(stats, needed, encoder.max_seq_length)
+    if not examples: raise _nothing_trained(stats, needed, short, encoder)
     return Encoded(examples, stats)
 
 # %% ../nbs/04_data.ipynb #d54b022d

@@ -1,5 +1,5 @@
 """data: every source gives the same rows, every row the same tokens, and labels stand exactly where something is learned."""
-import gzip, json, random, sys
+import gzip, json, random, re, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -517,6 +517,17 @@ def test_acceptance_14_nothing_left_to_train_on_is_an_error():
     with pytest.raises(DataError, match=f"max_seq_length=5.*the earliest at token {first}.*Type max_seq_length="): encode_rows(rows, encoder)
     with pytest.raises(DataError, match="empty.*row 1"): encode_rows(read_rows([{"text": ""}]), Encoder(tok, Shape("text", ("text",))))
     with pytest.raises(DataError, match="empty"): encode_rows(read_rows([{"prompt": "a", "completion": ""}]), Encoder(tok, Shape("pair", ("prompt", "completion"))))
+
+def test_a_row_of_one_token_is_not_called_empty():
+    tok = tiny_tokenizer()
+    def says(rows, kind="text", tok=tok, **kw):
+        with pytest.raises(DataError) as caught: encode_rows(read_rows(rows), Encoder(tok, Shape(kind, tuple(rows[0])), **kw))
+        return str(caught.value)
+    for rows, kind in (([{"text": "a"}], "text"), ([{"prompt": "", "completion": "a"}], "pair")):
+        assert re.search("1 of them is one token long.*or leave add_eos_token at True", text := says(rows, kind, add_eos_token=False)) and "empty" not in text
+    assert "empty" in says([{"prompt": "a", "completion": ""}], "pair", add_eos_token=False) and "empty" in says([{"text": ""}], add_eos_token=False)
+    assert says([{"text": "a"}], tok=tiny_tokenizer(eos=None)).endswith("Give longer texts.")
+    assert "2 of them are one token long, e.g. row 2" in says([{"text": ""}, {"text": "a"}, {"text": "the"}], add_eos_token=False)
 
 def test_blank_answers_are_listed_not_trained():
     tok = tiny_tokenizer(extra=MARKERS)
