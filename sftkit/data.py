@@ -29,7 +29,7 @@ def _column_kind(
     rows:list[Row], # all rows
     name:str, # a column
 )->str: # "text", "messages", "number" or "missing"
-    "What a column holds. Raises `DataError` naming the first row that differs from the rest."
+    "What a column holds; a number among texts is a text, as in a CSV. Raises `DataError` naming the first row that differs from the rest."
     kind = lambda v: {str: "text", list: "messages"}.get(type(v)) or ("number" if isinstance(v, (int, float)) else "object")
     counts, first = {}, {}
     for row in rows:
@@ -38,7 +38,7 @@ def _column_kind(
     if not counts: return "missing"
     usual = max(counts, key=counts.get)
     words = dict(text="text", messages="a list", number="a number", object="an object")
-    odd = next((k for k in counts if k != usual), "object" if usual == "object" else None)
+    odd = next((k for k in counts if k != usual and {k, usual} != {"text", "number"}), "object" if usual == "object" else None)
     if odd:
         shown = str(first[odd].value[name])[:60]
         rest = f" where other rows hold {words[usual]}" if odd != usual else ""
@@ -47,6 +47,29 @@ def _column_kind(
     return usual
 
 # %% ../nbs/04_data.ipynb #aa74a8b2
+def _check_mixture(
+    rows:list[Row], # all rows
+    main:tuple[str, ...], # the layout that is trained on
+    known:list[tuple], # the layouts there are
+):
+    "Raises `DataError` where rows of one layout stand among rows of another, naming the first that is unlike most, or where most rows lack what is trained on."
+    holds = lambda layout: [all(row.value.get(c) not in (None, "", []) for c in layout) for row in rows]
+    mine = holds(main)
+    for other in known if not all(mine) else ():
+        theirs = holds(other)
+        without, beside = ([row for row, held in zip(rows, zip(mine, theirs)) if held == case] for case in ((False, True), (True, False)))
+        if without and not beside and 2 * sum(mine) < sum(theirs):
+            meant = f"type {_column_is(other[0])}" if len(other) == 1 else f"drop {_named(main)} with .map(fn)"
+            raise DataError(f"{sum(mine)} of {len(rows)} rows hold {_named(main)}, and {sum(theirs)} hold {_named(other)}. "
+                            f"To train on {_named(other)}, {meant}; to train on {_named(main)}, drop the rows that lack it.")
+        if not without or not beside: continue                         # rows that hold both are no mixture
+        odd, few, usual, n = (without, other, main, sum(mine)) if sum(mine) >= sum(theirs) else (beside, main, other, sum(theirs))
+        more = f" ({len(odd)} rows do)" if len(odd) > 1 else ""
+        raise DataError(f"{odd[0].where} holds {_named(few)}{more}, where {n} of {len(rows)} rows hold {_named(usual)}. All rows need the same columns: "
+                        "mend the row, or convert or drop it with .map(fn).")
+
+def _named(columns): return " + ".join(f"`{c}`" for c in columns)
+
 def _column_is(name): return f'text_column="{name}" (`--text-column {name}`, or .data(..., column="{name}"))'
 
 def detect_shape(
@@ -63,6 +86,7 @@ def detect_shape(
         raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(near) or 'none'}.{did_you_mean(text_column, columns)} Type "
                         f"{_column_is(near[0] if near else 'text')}, or use names that are recognised: text, messages, conversations, "
                         "prompt + completion, instruction (+ input) + output, question + answer.")
+    if text_column == "text": _check_mixture(rows, main, known)
     kinds = {name: _column_kind(rows, name) for name in main}
     if main in (("messages",), ("conversations",)) and text_column == "text" and kinds[main[0]] != "messages":
         raise DataError(f"{rows[0].where}: column `{main[0]}` holds {kinds[main[0]]}, not lists of messages. To train on it as plain text, "
@@ -74,8 +98,7 @@ def detect_shape(
         if len(other) == 1: return f"type {_column_is(other[0])}."
         if text_column != "text" and other == known[0] and "text" not in columns: return 'leave text_column at "text".'
         return f"drop {' and '.join(f'`{c}`' for c in main)} with .map(fn)."
-    named = lambda columns: " + ".join(f"`{c}`" for c in columns)
-    notes = [f"Trained on {named(main)}; the rows also hold {named(other)}. To use that instead, {instead(other)}" for other in known if other != main]
+    notes = [f"Trained on {_named(main)}; the rows also hold {_named(other)}. To use that instead, {instead(other)}" for other in known if other != main]
     return Shape("messages" if chat else "pair" if len(main) == 2 else "text", main + tuple(extra), tuple(notes))
 
 # %% ../nbs/04_data.ipynb #23ccc523

@@ -271,11 +271,36 @@ def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
     with pytest.raises(DataError, match="no column `text`. Columns: .*body"): one_row({"body": "a", "n": 1})
 
 def test_mixed_types_name_the_row(tmp_path):
-    rows = [{"text": "a"}] * 6 + [{"text": 7}] + [{"text": "b"}]
-    with pytest.raises(DataError, match=r"a.jsonl line 7: column `text` holds a number \(7\) where other rows hold text"): detect_shape(read_rows(write_jsonl(tmp_path / "a.jsonl", rows)))
+    rows = [{"text": "a"}] * 6 + [{"text": ["b"]}] + [{"text": "b"}]
+    with pytest.raises(DataError, match=r"a.jsonl line 7: column `text` holds a list \(\['b'\]\) where other rows hold text"): detect_shape(read_rows(write_jsonl(tmp_path / "a.jsonl", rows)))
     with pytest.raises(DataError, match="row 2.*`messages` holds text"): detect_shape(read_rows([{"messages": TALK}, {"messages": "hello"}, {"messages": TALK}]))
     with pytest.raises(DataError, match="row 1.*`text` holds an object"): one_row({"text": {"a": 1}})
     with pytest.raises(DataError, match='text_column="messages"'): one_row({"messages": "User: hi"})
+
+@pytest.mark.parametrize("rows", [[{"text": "a"}, {"text": 7}, {"text": 1.5}], [{"prompt": "1+1=", "completion": 2}, {"prompt": 3, "completion": "b"}], [{"question": "q", "answer": 4}, {"question": "r", "answer": "five"}]])
+def test_acceptance_05_numbers_among_texts_are_what_a_csv_shows(tmp_path, rows):
+    import pandas as pd
+    pd.DataFrame(rows, dtype=object).to_csv(tmp_path / "a.csv", index=False)
+    sources = [read_rows(s) for s in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.csv", pd.DataFrame(rows, dtype=object), rows)]
+    encoded = [[e["input_ids"].tolist() for e in encode_rows(r, Encoder(tiny_tokenizer(extra=MARKERS), detect_shape(r))).examples] for r in sources]
+    assert len(encoded[0]) == len(rows) and all(e == encoded[0] for e in encoded) and len({rows_hash(r) for r in sources}) == 1
+
+LAID_OUT = [{"messages": TALK}, {"text": "a stray row"}, {"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}]
+
+@pytest.mark.parametrize("usual", LAID_OUT, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("stray", LAID_OUT, ids=lambda row: next(iter(row)))
+def test_a_row_of_another_layout_is_named(tmp_path, usual, stray):
+    if usual is stray: return
+    rows = read_rows(write_jsonl(tmp_path / "a.jsonl", [usual] * 9 + [stray] + [usual] * 3))
+    held = lambda row: " \\+ ".join(f"`{c}`" for c in row)
+    with pytest.raises(DataError, match=f"^a.jsonl line 10 holds {held(stray)}, where 12 of 13 rows hold {held(usual)}. All rows need the same columns"): detect_shape(rows)
+    with pytest.raises(DataError, match=f"^a.jsonl line 10 holds .* \\(2 rows do\\), where 12 of 14"): detect_shape([*rows, rows[9]])
+
+def test_columns_that_some_rows_lack_are_no_mixture():
+    rows = read_rows([{"text": "a", "messages": TALK}] * 2 + [{"messages": TALK}, {"text": "", "messages": TALK}])
+    with pytest.raises(DataError, match='2 of 5 rows hold `text`, and 5 hold `messages`. To train on `messages`, type text_column="messages"'): detect_shape([*rows, rows[2]])
+    assert detect_shape(rows).columns == ("text",) and "`messages`" in detect_shape(rows).notes[0] and detect_shape(rows, "messages").chat
+    assert detect_shape(read_rows([{"text": "a"}, {"messages": TALK}, {"text": "b"}]), "messages").chat                       # named: whoever lacks it is named later
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
