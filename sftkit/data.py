@@ -507,11 +507,18 @@ def encode_rows(
 # %% ../nbs/04_data.ipynb #d54b022d
 def _content(
     row:Row, # a row
-    columns, # columns that count, or None for all
+    shape:Shape|None, # what rows are; None: all columns count
 )->str: # equal for duplicates
-    "A row's content with whitespace normalised."
-    value = row.value if columns is None else {c: row.value[c] for c in columns if c in row.value}
+    "What is trained of a row, however it is spelled: the checked conversation with its tools, or the texts. Raises `DataError` as encoding would."
+    value, where = row.value, row.where
+    if shape and shape.chat and not _blank(value, shape):
+        said = [[m["role"], m["content"] or _thought(m), [c["function"] for c in m.get("tool_calls", ())]]
+                for m in check_messages(conversation(value, shape, where), where)]
+        value = [said, check_tools(value.get("tools"), where) if "tools" in shape.columns else None]
+    elif shape: value = [value.get(c) if shape.chat else _text(value.get(c), c, where) for c in shape.columns]
     return json.dumps(_squeezed(value), ensure_ascii=False, sort_keys=True)
+
+def _thought(message): return next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)), "")
 
 def _squeezed(value):
     if isinstance(value, str): return " ".join(value.split())
@@ -521,12 +528,28 @@ def _squeezed(value):
 def rows_on_both_sides(
     train:list[Row], # rows trained on
     valid:list[Row], # rows evaluated on
-    shape:Shape, # columns that make two rows duplicates
+    shape:Shape, # what rows are
 )->list[tuple[Row, Row]]: # (evaluation row, the first training row like it)
     "Which evaluation rows also stand in the training rows, by the same rule as in `split_rows`."
     first = {}
-    for row in reversed(train): first[_content(row, shape.columns)] = row
-    return [(row, first[key]) for row in valid if (key := _content(row, shape.columns)) in first]
+    for row in reversed(train): first[_content(row, shape)] = row
+    return [(row, first[key]) for row in valid if (key := _content(row, shape)) in first]
+
+def _groups(
+    rows:list[Row], # rows in order
+    shape:Shape|None, # what rows are; None: all columns count
+)->list[list[int]]: # numbers of the rows of each group, both in order
+    "Rows that must not be parted: duplicates, and what a mapping made of one row."
+    above, first, groups = list(range(len(rows))), {}, {}
+    def head(i):
+        while above[i] != i: above[i] = i = above[above[i]]
+        return i
+    for i, row in enumerate(rows):
+        for key in (_content(row, shape), *([("from", row.source)] if row.source is not None else [])):
+            low, high = sorted((head(i), head(first.setdefault(key, i))))
+            above[high] = low
+    for i in range(len(rows)): groups.setdefault(head(i), []).append(i)
+    return list(groups.values())
 
 def _valid_count(
     valid, # fraction or count
@@ -545,26 +568,22 @@ def split_rows(
     rows:list[Row], # rows in order
     valid:float|int, # fraction 0 < f < 1, or a count of rows, to hold out
     seed:int, # same seed, same split
-    shape:Shape|None=None, # columns that make two rows duplicates; None: those `detect_shape` finds, else all
+    shape:Shape|None=None, # what rows are, to tell duplicates; None: what `detect_shape` finds, else all columns count
 )->tuple[list[Row], list[Row]]: # training and validation rows, each in the order given
-    "Hold rows out for validation; duplicates never stand on both sides. Raises `DataError` where that can't be done."
+    "Hold rows out for validation; duplicates, and rows that a mapping made of one, never stand on both sides. Raises `DataError` where that can't be done."
     count = _valid_count(valid, len(rows))
     if shape is None:
         names = set(chain.from_iterable(row.value for row in rows))
-        columns = ("text",) if "text" in names else next(iter(layouts(names)), None)
-        if columns: columns = (*columns, "input", "system", "tools")
-    else: columns = shape.columns
-    groups = {}
-    for i, row in enumerate(rows): groups.setdefault(_content(row, columns), []).append(i)
-    order = list(groups.values())
+        shape = detect_shape(rows) if "text" in names or layouts(names) else None
+    order = _groups(rows, shape)
     random.Random(seed).shuffle(order)
     held = set()
     for group in order:
         if len(held) + len(group) <= count: held.update(group)
     if not held and len(order) > 1: held = set(min(order, key=len))
     if not held or len(held) == len(rows):
-        raise DataError(f"{len(rows)} rows cannot be split for validation: all have the same content, and a duplicate must not be on both sides. "
-                        "Add other rows, or give a validation file.")
+        raise DataError(f"{len(rows)} rows cannot be split for validation: all have the same content or were made of one row, and such rows must not "
+                        "be on both sides. Add other rows, or give a validation file.")
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 # %% ../nbs/04_data.ipynb #e3d9a4cc

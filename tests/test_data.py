@@ -6,7 +6,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_tokenizer, write_jsonl
 from sftkit.chat import ChatTemplate, render, render_prompt, templates
-from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, split_rows, text_blocks, _anchor_ids
+from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, rows_on_both_sides, split_rows, text_blocks, _anchor_ids
 from sftkit.rows import Row, map_rows, plain, read_rows, rows_hash, sample_data, write_rows, _open
 from sftkit.recipe import DataError, SftkitError
 
@@ -597,6 +597,61 @@ def test_acceptance_19_duplicates_by_the_columns_that_are_trained_on():
     body = read_rows([{"body": "same", "id": i} for i in range(3)] + [{"body": "other", "id": 9}])
     assert [r.value["id"] for r in split_rows(body, 1, 0, detect_shape(body, "body"))[1]] == [9]
 
+ASKED = [(f"what is {i}?", f"the answer is {i}") for i in range(48)]
+def talk_of(q, a): return [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+THOUGHT = {"reasoning_content": "let me see"}
+SPELLINGS = {                                                                                          # two spellings of what is trained alike
+    "an id": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{**m, "id": f"{q} {n}"} for n, m in enumerate(talk_of(q, a))]}),
+    "ShareGPT": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}),
+    "parts": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{**m, "content": [{"type": "text", "text": m["content"][:5]}, {"type": "text", "text": m["content"][5:]}]} for m in talk_of(q, a)]}),
+    "thinking that the template drops": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [talk_of(q, a)[0], {**talk_of(q, a)[1], **THOUGHT}]}),
+    "system column": (lambda q, a: {"messages": [{"role": "system", "content": "s"}, *talk_of(q, a)]}, lambda q, a: {"messages": talk_of(q, a), "system": "s"}),
+    "no tools": (lambda q, a: {"messages": talk_of(q, a), "tools": []}, lambda q, a: {"messages": talk_of(q, a)}),
+    "empty input": (lambda q, a: {"instruction": q, "output": a}, lambda q, a: {"instruction": q, "input": "", "output": a}),
+    "input": (lambda q, a: {"instruction": "say\n\n" + q, "output": a}, lambda q, a: {"instruction": "say", "input": q, "output": a}),
+    "a number": (lambda q, a: {"question": q, "answer": int(a[14:])}, lambda q, a: {"question": q, "answer": a[14:]}),
+    "blanks": (lambda q, a: {"prompt": q, "completion": a}, lambda q, a: {"prompt": q + "\n", "completion": " " + a}),
+}
+
+@pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
+def test_acceptance_19_a_duplicate_is_one_however_it_is_spelled(spelled):
+    rows = read_rows([spell(q, a) for spell in spelled for q, a in ASKED])
+    shape = detect_shape(rows)
+    train, valid = split_rows(rows, 0.25, 7, shape)
+    assert len(valid) == 24 and not rows_on_both_sides(train, valid, shape) and {r.where for r in split_rows(rows, 0.25, 7)[1]} == {r.where for r in valid}
+    ids = [{tuple(e["input_ids"]) for e in encode_rows(part, Encoder(tiny_tokenizer(extra=MARKERS), shape, templates()["chatml"] if shape.chat else None)).examples} for part in (train, valid)]
+    assert not ids[0] & ids[1]
+    assert [(mine.where, theirs.where) for mine, theirs in rows_on_both_sides(rows[:48], rows[50:52], shape)] == [("row 51", "row 3"), ("row 52", "row 4")]
+
+def test_rows_that_differ_in_what_is_trained_are_no_duplicates():
+    q, a = ASKED[0]
+    call = lambda city: [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]
+    rows = read_rows([{"messages": talk_of(q, a)}, {"messages": talk_of(q, a), "system": "s"}, {"messages": talk_of(q, a), "tools": call("Rome")}, {"messages": talk_of(q, a) * 2},
+                      *[{"messages": [talk_of(q, a)[0], {"role": "assistant", "content": "", "tool_calls": call(city)}]} for city in ("Rome", "Oslo")],
+                      *[{"messages": [talk_of(q, a)[0], {"role": "assistant", "content": "", "thinking": t}]} for t in ("one", "two")]])
+    assert all(not rows_on_both_sides(rows[:i] + rows[i + 1:], [row], detect_shape(rows)) for i, row in enumerate(rows))
+
+def test_a_split_names_the_row_that_is_no_conversation():
+    rows = read_rows([{"messages": talk_of(*qa)} for qa in ASKED] + [{"messages": [{"role": "king", "content": "x"}]}])
+    with pytest.raises(DataError, match="row 49, message 1: 'king' is no role"): split_rows(rows, 0.25, 0)
+    pairs = read_rows([{"question": q, "answer": a} for q, a in ASKED] + [{"question": "", "answer": ""}])                # a blank one is left out later
+    assert len(split_rows(pairs, 0.25, 0)[1]) == 12
+
+def test_acceptance_19_rows_that_a_map_made_of_one_are_not_parted(tmp_path):
+    "Nor those that are alike to one of them, and in the file they are stored in no less."
+    rows = read_rows([{"text": q} for q, _ in ASKED])
+    mapped = map_rows(rows, lambda r: [r, {"text": "in other words, " + r["text"]}] if r["text"] != ASKED[5][0] else r, lambda r: [r, {"text": r["text"].upper()}] if "is 6?" in r["text"] else r)
+    mapped.append(Row({"text": "IN OTHER WORDS,  WHAT IS 6?"}, "row 49"))
+    assert [r.source for r in mapped if r.where in ("row 6", "row 7", "row 49")] == [None, *["row 7"] * 4, None]
+    stored = read_rows(write_rows(mapped, tmp_path / "x.jsonl"))
+    assert [r.value for r in stored] == [r.value for r in mapped] and rows_hash(stored) == rows_hash(mapped) != rows_hash([Row(r.value, r.where) for r in mapped])
+    for seed in range(5):
+        train, valid = split_rows(mapped, 0.25, seed)
+        assert 20 <= len(valid) <= 24 and not {r.where for r in train} & {r.where for r in valid} and len({"row 7", "row 49"} & {r.where for r in valid}) != 1
+        assert [r.value for r in split_rows(stored, 0.25, seed)[1]] == [r.value for r in valid]
+    assert Path(write_rows(rows, tmp_path / "y.jsonl")).read_text() == "".join(json.dumps(r.value) + "\n" for r in rows)            # nothing is added where rows stand alone
+    with pytest.raises(DataError, match="made of one row"): split_rows(map_rows(rows[:1], lambda r: [r, {"text": "b"}, {"text": "c"}]), 1, 0)
+
 @pytest.mark.parametrize("valid", [0, 1.5, -0.1, True, "a", float("nan"), 3, 5])
 def test_split_sizes_that_cannot_be(valid):
     with pytest.raises(DataError): split_rows(read_rows([{"text": str(i)} for i in range(3)]), valid, 0)
@@ -731,3 +786,17 @@ def test_an_address_is_told_from_a_path():
 def test_what_datasets_writes_beside_the_rows_is_no_data(tmp_path):
     (tmp_path/"dataset_infos.json").write_text('{"default": {"description": "x", "features": {}}}')
     assert read(tmp_path/"rows.jsonl", '{"text": "a"}\n') == [r.value for r in read_rows(tmp_path)] == [dict(text="a")]
+
+
+def test_acceptance_19_a_map_that_makes_several_rows_of_one_parts_none(tiny, chat_file):
+    "In this process, in another that reads the stored rows, and where the trainer itself does the mapping."
+    from sftkit import Session
+    from sftkit.training import Trainer
+    again = lambda row: [row, {"messages": [*row["messages"], {"role": "user", "content": "and"}, {"role": "assistant", "content": f"that {row['messages'][0]['content']}"}]}]
+    class Twice(Trainer):
+        def preprocess(self, row): return again(row)
+    plan = Session(tiny, project="run", chat_template="chatml").data(chat_file, eval=0.25)
+    prepared = [p._work.data for p in (plan.map(again), Session.from_recipe(plan.map(again).recipe), plan.trainer(Twice))]
+    held = [[[r.value for r in part] for part in (d.train_rows, d.valid_rows)] for d in prepared]
+    asked = [{row["messages"][0]["content"] for row in part} for part in held[0]]
+    assert held[0] == held[1] == held[2] and len(held[0][1]) == 24 and len(asked[1]) == 12 and not asked[0] & asked[1]
