@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChatTemplate', 'Span', 'Rendered', 'templates', 'resolve_template', 'missing_markers', 'check_messages',
-           'render_prompt', 'render']
+           'check_tools', 'render_prompt', 'render']
 
 # %% ../nbs/02_chat.ipynb #f90e5d97
 import json, os, re
@@ -133,12 +133,19 @@ def resolve_template(
     if chat_template in known: return known[chat_template]
     if "{{" in chat_template or "{%" in chat_template: source = chat_template
     elif os.path.isfile(path := os.path.expanduser(chat_template)): # False, not an error, for a text that can't be a file's name
-        source = Path(path).read_text(encoding="utf-8")
+        source = _read_source(path)
     else:
         raise TemplateError(f"There is no chat template {_short(chat_template)}. Built in: {', '.join(known)}; or give a Jinja source, "
                             "or the path of a .jinja file."
                             f"{did_you_mean(chat_template, [*known, *named])}")
     return next((t for t in known.values() if t.jinja == source), None) or _checked(ChatTemplate("custom", source))
+
+def _read_source(path): # -> the text of a .jinja file
+    try: return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"The chat template in `{path}` is not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}). "
+                            "Save the file as UTF-8.") from None
+    except OSError as error: raise TemplateError(f"The chat template in `{path}` cannot be read: {error}.") from error
 
 def _short(value): # -> a few characters of any value, for messages
     text = repr(value)
@@ -255,6 +262,19 @@ def _tool_calls(calls, where): # -> list of {"type", "function": {"name", "argum
         extra = {k: v for k, v in call.items() if k in ("id",) and v is not None}
         clean.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return clean
+
+def check_tools(
+    tools, # a row's tool descriptions, or nothing
+    where:str, # where they came from, for errors: "chat.jsonl row 3"
+)->list[dict]|None: # None for no tools
+    "Tool descriptions, for `render`. Raises `DataError` naming `where`."
+    if tools in (None, "", [], {}): return None
+    described = lambda tool: isinstance(tool, dict) and isinstance(said := tool.get("function", tool), dict) and isinstance(said.get("name", ""), str)
+    if odd := [tool for tool in tools if not described(tool)] if isinstance(tools, list) else [tools]:
+        given = f", and {_short(odd[0])} is none" if odd[0] is not tools else f", not {_short(tools)}"
+        raise DataError(f"{where}: `tools` should be a list of tool descriptions (JSON schemas){given}. "
+                        "Write [{'type': 'function', 'function': {'name': '...', 'description': '...', 'parameters': {...}}}], or leave `tools` out.")
+    return tools
 
 # %% ../nbs/02_chat.ipynb #70ee034b
 # raise_exception and syntax; str + dict; apply_chat_template's own; range too big

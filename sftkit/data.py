@@ -11,8 +11,8 @@ import difflib, json, math, random, sys
 from dataclasses import dataclass
 from itertools import chain
 import numpy as np
-from .recipe import DataError, ModelError, did_you_mean
-from .chat import check_messages, render, render_prompt, resolve_template
+from .recipe import DataError, ModelError, TemplateError, did_you_mean
+from .chat import check_messages, check_tools, render, render_prompt, resolve_template
 from .rows import LAYOUTS, Row, clean_row, layouts, plain
 
 # %% ../nbs/04_data.ipynb #36c1d442
@@ -29,7 +29,7 @@ def _column_kind(
     rows:list[Row], # all rows
     name:str, # a column
 )->str: # "text", "messages", "number" or "missing"
-    "What a column holds. Raises `DataError` naming the first row that differs from the rest."
+    "What a column holds; a number among texts is a text, as in a CSV. Raises `DataError` naming the first row that differs from the rest."
     kind = lambda v: {str: "text", list: "messages"}.get(type(v)) or ("number" if isinstance(v, (int, float)) else "object")
     counts, first = {}, {}
     for row in rows:
@@ -38,7 +38,7 @@ def _column_kind(
     if not counts: return "missing"
     usual = max(counts, key=counts.get)
     words = dict(text="text", messages="a list", number="a number", object="an object")
-    odd = next((k for k in counts if k != usual), "object" if usual == "object" else None)
+    odd = next((k for k in counts if k != usual and {k, usual} != {"text", "number"}), "object" if usual == "object" else None)
     if odd:
         shown = str(first[odd].value[name])[:60]
         rest = f" where other rows hold {words[usual]}" if odd != usual else ""
@@ -47,6 +47,29 @@ def _column_kind(
     return usual
 
 # %% ../nbs/04_data.ipynb #aa74a8b2
+def _check_mixture(
+    rows:list[Row], # all rows
+    main:tuple[str, ...], # the layout that is trained on
+    known:list[tuple], # the layouts there are
+):
+    "Raises `DataError` where rows of one layout stand among rows of another, naming the first that is unlike most, or where most rows lack what is trained on."
+    holds = lambda layout: [all(row.value.get(c) not in (None, "", []) for c in layout) for row in rows]
+    mine = holds(main)
+    for other in known if not all(mine) else ():
+        theirs = holds(other)
+        without, beside = ([row for row, held in zip(rows, zip(mine, theirs)) if held == case] for case in ((False, True), (True, False)))
+        if without and not beside and 2 * sum(mine) < sum(theirs):
+            meant = f"type {_column_is(other[0])}" if len(other) == 1 else f"drop {_named(main)} with .map(fn)"
+            raise DataError(f"{sum(mine)} of {len(rows)} rows hold {_named(main)}, and {sum(theirs)} hold {_named(other)}. "
+                            f"To train on {_named(other)}, {meant}; to train on {_named(main)}, drop the rows that lack it.")
+        if not without or not beside: continue                         # rows that hold both are no mixture
+        odd, few, usual, n = (without, other, main, sum(mine)) if sum(mine) >= sum(theirs) else (beside, main, other, sum(theirs))
+        more = f" ({len(odd)} rows do)" if len(odd) > 1 else ""
+        raise DataError(f"{odd[0].where} holds {_named(few)}{more}, where {n} of {len(rows)} rows hold {_named(usual)}. All rows need the same columns: "
+                        "mend the row, or convert or drop it with .map(fn).")
+
+def _named(columns): return " + ".join(f"`{c}`" for c in columns)
+
 def _column_is(name): return f'text_column="{name}" (`--text-column {name}`, or .data(..., column="{name}"))'
 
 def detect_shape(
@@ -63,6 +86,7 @@ def detect_shape(
         raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(near) or 'none'}.{did_you_mean(text_column, columns)} Type "
                         f"{_column_is(near[0] if near else 'text')}, or use names that are recognised: text, messages, conversations, "
                         "prompt + completion, instruction (+ input) + output, question + answer.")
+    if text_column == "text": _check_mixture(rows, main, known)
     kinds = {name: _column_kind(rows, name) for name in main}
     if main in (("messages",), ("conversations",)) and text_column == "text" and kinds[main[0]] != "messages":
         raise DataError(f"{rows[0].where}: column `{main[0]}` holds {kinds[main[0]]}, not lists of messages. To train on it as plain text, "
@@ -74,8 +98,7 @@ def detect_shape(
         if len(other) == 1: return f"type {_column_is(other[0])}."
         if text_column != "text" and other == known[0] and "text" not in columns: return 'leave text_column at "text".'
         return f"drop {' and '.join(f'`{c}`' for c in main)} with .map(fn)."
-    named = lambda columns: " + ".join(f"`{c}`" for c in columns)
-    notes = [f"Trained on {named(main)}; the rows also hold {named(other)}. To use that instead, {instead(other)}" for other in known if other != main]
+    notes = [f"Trained on {_named(main)}; the rows also hold {_named(other)}. To use that instead, {instead(other)}" for other in known if other != main]
     return Shape("messages" if chat else "pair" if len(main) == 2 else "text", main + tuple(extra), tuple(notes))
 
 # %% ../nbs/04_data.ipynb #23ccc523
@@ -301,20 +324,21 @@ class Encoder:
         self.suffix = [i for i in suffix if i != eos] + ([eos] if add_eos_token and eos is not None and not self.chat else [])
         self._anchors = _anchor_ids(tokenizer)
 
-    def _tools(self, row): return row.get("tools") if "tools" in self.shape.columns else None
+    def _tools(self, row, where): return check_tools(row.get("tools"), where) if "tools" in self.shape.columns else None
 
     def _render(self, row): # Row -> text, [(start, end, role, trained)], notes
         "The text of a row and its spans, trained as the template or the columns say."
         value, where = row.value, row.where
         if self.chat:
             if _blank(value, self.shape): return "", [], ()
-            messages = check_messages(conversation(value, self.shape, where), where)
-            done = render(messages, self.template, self.tokenizer, self._tools(value))
-            begin = 0
-            if self.train_on == "completion":
-                replies = value.get(self.shape.columns[1])
-                asked = messages[:-len(replies) if isinstance(replies, list) else -1]
-                begin = len(render_prompt(asked, self.template, self.tokenizer, self._tools(value)))
+            messages, begin = check_messages(conversation(value, self.shape, where), where), 0
+            written_by = self.template, self.tokenizer, self._tools(value, where)
+            try:
+                done = render(messages, *written_by)
+                if self.train_on == "completion":
+                    replies = value.get(self.shape.columns[1])
+                    begin = len(render_prompt(messages[:-len(replies) if isinstance(replies, list) else -1], *written_by))
+            except TemplateError as error: raise TemplateError(f"{where}: {error}") from error
             return done.text, [(s.start, s.end, s.role, s.trained and s.start >= begin) for s in done.spans if s.end > s.start], done.notes
         columns = self.shape.columns[:2 if self.shape.kind == "pair" else 1]
         parts = [_text(value.get(c), c, where) for c in columns]
@@ -373,7 +397,7 @@ class Encoder:
             messages = check_messages(plain(row), "prompt", needs_reply=False)
             return messages[:-1] if messages[-1]["role"] == "assistant" else messages, None
         messages, last = self._talk(row)
-        return messages[:last], self._tools(clean_row(row, "row"))
+        return messages[:last], self._tools(clean_row(row, "row"), "row")
 
     def _talk(self, row): # -> messages, index of the last answer; their number where there is none
         row = clean_row(row, "row")
@@ -431,10 +455,15 @@ class Encoded:
 def _nothing_trained(
     stats:dict, # of `encode_rows`
     needed:int|None, # tokens up to the earliest trained one, over all rows; None: no row has any
-    limit:int|None, # max_seq_length
+    short:list[str], # places of rows that are a single token
+    encoder:Encoder, # what they were encoded by
 )->DataError: # to raise
     "Why no row has a trained token."
-    n = stats["rows"]
+    n, limit = stats["rows"], encoder.max_seq_length
+    if needed is None and short:
+        why = f"{len(short)} of them {'is' if len(short) == 1 else 'are'} one token long, e.g. {short[0]}, and nothing predicts a row's first token"
+        help = "Give longer texts" + (", or leave add_eos_token at True, which ends each with a token to learn." if not encoder.add_eos_token else ".")
+        return DataError(f"None of the {n} rows has anything to train on: {why}. {help}")
     if needed is None:
         return DataError(f"None of the {n} rows has anything to train on: every answer (or text) is empty, e.g. {stats['lost_rows'][0]}. "
                          "Check the columns with plan.preview().")
@@ -449,7 +478,7 @@ def encode_rows(
     """Encode rows for training. `stats`: rows, trained_tokens, total_tokens, cut_rows and cut_tokens (beyond `max_seq_length`),
     lost_rows (places of rows with no trained token left; they are not in `examples`), empty_rows (those of them that never had one),
     lengths (of examples), notes (of the template). Raises `DataError` if all are lost."""
-    examples, needed, notes = [], None, {}
+    examples, needed, short, notes = [], None, [], {}
     stats = dict(rows=len(rows), trained_tokens=0, total_tokens=0, cut_rows=0, cut_tokens=0, lost_rows=[], empty_rows=[])
     if not rows: raise DataError("There are no rows to train on.")
     for start in range(0, len(rows), batch_rows):
@@ -467,20 +496,29 @@ def encode_rows(
             stats["lost_rows"].append(row.where)
             trained = np.flatnonzero(t.labels >= 0)
             if len(trained): needed = min(needed or sys.maxsize, int(trained[0]) + 1)
-            else: stats["empty_rows"].append(row.where)
+            else:
+                stats["empty_rows"].append(row.where)
+                if size == 1 and t.roles and (t.roles[0][1] in ("text", "completion") or encoder.train_on == "all" and t.text): short.append(row.where)
     stats["notes"] = list(notes)
     stats["lengths"] = [e["length"] for e in examples]
-    if not examples: raise _nothing_trained(stats, needed, encoder.max_seq_length)
+    if not examples: raise _nothing_trained(stats, needed, short, encoder)
     return Encoded(examples, stats)
 
 # %% ../nbs/04_data.ipynb #d54b022d
 def _content(
     row:Row, # a row
-    columns, # columns that count, or None for all
+    shape:Shape|None, # what rows are; None: all columns count
 )->str: # equal for duplicates
-    "A row's content with whitespace normalised."
-    value = row.value if columns is None else {c: row.value[c] for c in columns if c in row.value}
+    "What is trained of a row, however it is spelled: the checked conversation with its tools, or the texts. Raises `DataError` as encoding would."
+    value, where = row.value, row.where
+    if shape and shape.chat and not _blank(value, shape):
+        said = [[m["role"], m["content"] or _thought(m), [c["function"] for c in m.get("tool_calls", ())]]
+                for m in check_messages(conversation(value, shape, where), where)]
+        value = [said, check_tools(value.get("tools"), where) if "tools" in shape.columns else None]
+    elif shape: value = [value.get(c) if shape.chat else _text(value.get(c), c, where) for c in shape.columns]
     return json.dumps(_squeezed(value), ensure_ascii=False, sort_keys=True)
+
+def _thought(message): return next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)), "")
 
 def _squeezed(value):
     if isinstance(value, str): return " ".join(value.split())
@@ -490,12 +528,28 @@ def _squeezed(value):
 def rows_on_both_sides(
     train:list[Row], # rows trained on
     valid:list[Row], # rows evaluated on
-    shape:Shape, # columns that make two rows duplicates
+    shape:Shape, # what rows are
 )->list[tuple[Row, Row]]: # (evaluation row, the first training row like it)
     "Which evaluation rows also stand in the training rows, by the same rule as in `split_rows`."
     first = {}
-    for row in reversed(train): first[_content(row, shape.columns)] = row
-    return [(row, first[key]) for row in valid if (key := _content(row, shape.columns)) in first]
+    for row in reversed(train): first[_content(row, shape)] = row
+    return [(row, first[key]) for row in valid if (key := _content(row, shape)) in first]
+
+def _groups(
+    rows:list[Row], # rows in order
+    shape:Shape|None, # what rows are; None: all columns count
+)->list[list[int]]: # numbers of the rows of each group, both in order
+    "Rows that must not be parted: duplicates, and what a mapping made of one row."
+    above, first, groups = list(range(len(rows))), {}, {}
+    def head(i):
+        while above[i] != i: above[i] = i = above[above[i]]
+        return i
+    for i, row in enumerate(rows):
+        for key in (_content(row, shape), *([("from", row.source)] if row.source is not None else [])):
+            low, high = sorted((head(i), head(first.setdefault(key, i))))
+            above[high] = low
+    for i in range(len(rows)): groups.setdefault(head(i), []).append(i)
+    return list(groups.values())
 
 def _valid_count(
     valid, # fraction or count
@@ -514,26 +568,22 @@ def split_rows(
     rows:list[Row], # rows in order
     valid:float|int, # fraction 0 < f < 1, or a count of rows, to hold out
     seed:int, # same seed, same split
-    shape:Shape|None=None, # columns that make two rows duplicates; None: those `detect_shape` finds, else all
+    shape:Shape|None=None, # what rows are, to tell duplicates; None: what `detect_shape` finds, else all columns count
 )->tuple[list[Row], list[Row]]: # training and validation rows, each in the order given
-    "Hold rows out for validation; duplicates never stand on both sides. Raises `DataError` where that can't be done."
+    "Hold rows out for validation; duplicates, and rows that a mapping made of one, never stand on both sides. Raises `DataError` where that can't be done."
     count = _valid_count(valid, len(rows))
     if shape is None:
         names = set(chain.from_iterable(row.value for row in rows))
-        columns = ("text",) if "text" in names else next(iter(layouts(names)), None)
-        if columns: columns = (*columns, "input", "system", "tools")
-    else: columns = shape.columns
-    groups = {}
-    for i, row in enumerate(rows): groups.setdefault(_content(row, columns), []).append(i)
-    order = list(groups.values())
+        shape = detect_shape(rows) if "text" in names or layouts(names) else None
+    order = _groups(rows, shape)
     random.Random(seed).shuffle(order)
     held = set()
     for group in order:
         if len(held) + len(group) <= count: held.update(group)
     if not held and len(order) > 1: held = set(min(order, key=len))
     if not held or len(held) == len(rows):
-        raise DataError(f"{len(rows)} rows cannot be split for validation: all have the same content, and a duplicate must not be on both sides. "
-                        "Add other rows, or give a validation file.")
+        raise DataError(f"{len(rows)} rows cannot be split for validation: all have the same content or were made of one row, and such rows must not "
+                        "be on both sides. Add other rows, or give a validation file.")
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 # %% ../nbs/04_data.ipynb #e3d9a4cc

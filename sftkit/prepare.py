@@ -65,18 +65,19 @@ class Prepared:
 
 # %% ../nbs/09_prepare.ipynb #bee38e4f
 def _load_rows(r, given, given_valid, preprocess):
-    "(training rows, validation rows), mapped; from the recipe's paths or the rows given."
+    "(training rows, validation rows, what rows are, notes), mapped; from the recipe's paths or the rows given."
     mapped = lambda rows: map_rows(rows, preprocess) if preprocess else rows
     rows = mapped(given if given is not None else read_rows(r.data_path, r.train_split))
     if not rows: raise DataError("No rows are left to train on: the mapping leaves all of them out.")
+    shape = detect_shape(rows, r.text_column)
     if r.valid_path or isinstance(r.valid_split, str):
         held = mapped(given_valid if given_valid is not None else read_rows(r.valid_path) if r.valid_path else read_rows(r.data_path, r.valid_split))
         if not held:
             raise DataError(f"No rows are left to evaluate on: the mapping leaves all of `{r.valid_path or r.valid_split}` out. Let it keep some, or leave "
                             "the evaluation data out.")
-        return rows, held
+        return rows, held, shape, _leaks(rows, held, shape)
     share = r.valid_split or (0.1 if evaluates(r) else None)
-    return split_rows(rows, share, r.seed, detect_shape(rows, r.text_column)) if share else (rows, [])
+    return *(split_rows(rows, share, r.seed, shape) if share else (rows, [])), shape, []
 
 def _askable(encoder, rows, encoded):
     "(row, its last answer, blank if that has no words) of the rows with an example whose question is there and leaves room for an answer."
@@ -167,8 +168,7 @@ def prepare(
 def _prepare(asked, rows, valid_rows, preprocess):
     r, config, model, shortest, notes = _as_carried_out(asked)
     if r.use_enhanced_eval: check_metrics(r.eval_metrics)
-    train_rows, valid_rows = _load_rows(r, rows, valid_rows, preprocess)
-    shape = detect_shape(train_rows, r.text_column)
+    train_rows, valid_rows, shape, leaks = _load_rows(r, rows, valid_rows, preprocess)
     encoder, new_ids = make_encoder(r, shape)
     new_ids = _new_rows(r, model, encoder.tokenizer, new_ids)
     notes += [*without_effect(asked), *shape.notes, *_taken_template(r, encoder)]
@@ -179,7 +179,7 @@ def _prepare(asked, rows, valid_rows, preprocess):
     if r.use_distillation: check_teacher(r.teacher_model, encoder.tokenizer, r.trust_remote_code)
     if shape.kind == "text" and generates(r):
         notes.append("Plain text has no prompt to answer, so it is evaluated by loss and perplexity alone; no answers are generated.")
-    notes += _leaks(train_rows, valid_rows, shape)
+    notes += leaks
     if r.block_size > 0 and shape.kind != "text":
         raise DataError(f"`block_size={r.block_size}` joins plain text, but these rows are {shape.kind} rows, whose turns must stay whole. Leave `block_size` "
                         "at -1.")

@@ -20,6 +20,7 @@ class Row:
     "One example as read, and where it was read: `chat.jsonl line 12`, or `row 3` of something in memory."
     value:dict
     where:str
+    source:str|None=None # where the row was read that this one was made from, if a mapping made several of it
 
 # %% ../nbs/03_rows.ipynb #fa652324
 def plain(
@@ -390,7 +391,11 @@ def read_rows(
         records = [r for path in found for r in _read_file(path, path.name if path == folder else path.relative_to(folder).as_posix())]
     else: records = [(record, f"row {i}") for i, record in enumerate(_in_memory(found) or [], 1)]
     if not records: raise DataError(f"The data holds no rows ({type(source).__name__} of length 0).")
-    return [Row(clean_row(record, where), where) for record, where in records]
+    return [_as_row(clean_row(record, where), where) for record, where in records]
+
+_SOURCE = "sftkit_source" # key under which `write_rows` keeps a row's source
+
+def _as_row(value, where): return Row(value, where, str(value.pop(_SOURCE)) if _SOURCE in value else None)
 
 # %% ../nbs/03_rows.ipynb #5ff41f62
 def _canonical(
@@ -403,9 +408,11 @@ def _canonical(
 def rows_hash(
     rows:list[Row], # rows in order
 )->str: # 64 hex digits
-    "SHA-256 of the rows' content, independent of the container they came in."
-    digest = hashlib.sha256()
-    for row in rows: digest.update(json.dumps(_canonical(row.value), ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass") + b"\n")
+    "SHA-256 of the rows' content, and of which were made from one, independent of the container they came in."
+    digest, sources = hashlib.sha256(), {}
+    for row in rows:
+        made = b"" if row.source is None else b"from %d" % sources.setdefault(row.source, len(sources))
+        digest.update(json.dumps(_canonical(row.value), ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass") + made + b"\n")
     return digest.hexdigest()
 
 def write_rows(
@@ -415,7 +422,8 @@ def write_rows(
     "Store rows as JSON lines that `read_rows` reads back unchanged: the whole file or none."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row.value, ensure_ascii=False) + "\n" for row in rows))
+    values = (row.value if row.source is None else {**row.value, _SOURCE: row.source} for row in rows)
+    write_atomic(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
     return path
 
 def store_rows(
@@ -429,7 +437,7 @@ def store_rows(
 def map_rows(
     rows:list[Row], # rows in order
     *fns, # dict -> dict, list of dicts, or None (drop the row); applied in turn
-)->list[Row]: # the results, each with its source row's `where`
+)->list[Row]: # the results, each with its source row's `where`, and `source` where they are several
     "Apply a caller's preprocessing. Raises `DataError` naming the row where one failed or returned something else."
     for fn in fns: rows = _mapped(rows, fn)
     return rows
@@ -445,7 +453,7 @@ def _mapped(rows, fn):
             if not isinstance(value, dict):
                 raise DataError(f"`{name}` returned a {type(value).__name__} for {row.where}. It should return a dict of columns, a list of dicts, "
                                 "or None to drop the row.")
-            out.append(Row(clean_row(value, row.where), row.where))
+            out.append(Row(clean_row(value, row.where), row.where, row.source or (row.where if len(made) > 1 else None)))
     return out
 
 def single_row(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
-from sftkit.chat import ChatTemplate, check_messages, missing_markers, render, render_prompt, resolve_template, templates
+from sftkit.chat import ChatTemplate, check_messages, check_tools, missing_markers, render, render_prompt, resolve_template, templates
 from sftkit.recipe import DataError, TemplateError
 
 NAMES = ["chatml", "zephyr", "llama", "llama3", "alpaca", "vicuna", "mistral"]
@@ -452,6 +452,16 @@ def test_resolve_template(tmp_path, tokenizer):
     assert resolve_template(None, several).jinja == source and resolve_template("tool_use", several).jinja == "{{ tools }}" + source
 
 
+def test_a_template_file_that_is_no_text_says_so(tmp_path, tokenizer, monkeypatch):
+    (path := tmp_path / "mine.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(TemplateError, match=rf"`{path}` is not UTF-8 text \(byte 0xe9 at position 4\). Save the file as UTF-8"): resolve_template(str(path), tokenizer)
+    path.write_bytes(b"\xef\xbb\xbf{{ 'x' }}")
+    assert resolve_template(str(path), tokenizer).jinja == "{{ 'x' }}"                                        # a byte-order mark is no part of what is trained
+    def refused(*args, **kw): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(TemplateError, match=rf"`{path}` cannot be read: .*Permission denied"): resolve_template(str(path), tokenizer)
+
+
 def test_missing_markers(tokenizer):
     bare = tiny_tokenizer()
     assert missing_markers(templates()["chatml"], bare) == ["<|im_start|>", "<|im_end|>"]
@@ -529,3 +539,10 @@ def test_what_no_built_in_template_has_a_format_for_is_not_sent_from_one_to_the_
     with pytest.raises(TemplateError) as told: render(talk, templates()["chatml"], tokenizer)
     assert "no format for" in str(told.value) and "vicuna" not in str(told.value) and "the model's own" in str(told.value)
     with pytest.raises(TemplateError, match="with one of chatml, zephyr, llama, llama3, alpaca, vicuna, or"): render([user("x"), user("y"), assistant("z")], templates()["mistral"], tokenizer)
+
+
+@pytest.mark.parametrize("given, says", [(5, "not 5"), ("search", "not 'search'"), (call("Rome")[0], "not {'type'"), (["search"], "and 'search' is none"),
+                                         ([*TOOLS, {"function": "f"}], "and {'function': 'f'} is none"), ([{"name": 5}], "and {'name': 5} is none")])
+def test_tools_that_are_no_descriptions_say_what_they_should_be(given, says):
+    with pytest.raises(DataError, match=rf"^chat.jsonl row 3: `tools` should be a list of tool descriptions \(JSON schemas\), {re.escape(says)}.*or leave `tools` out"): check_tools(given, "chat.jsonl row 3")
+    assert check_tools(TOOLS, "row") == TOOLS and check_tools([], "row") is check_tools(None, "row") is None

@@ -1,12 +1,12 @@
 """data: every source gives the same rows, every row the same tokens, and labels stand exactly where something is learned."""
-import gzip, json, random, sys
+import gzip, json, random, re, sys
 from pathlib import Path
 import numpy as np
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_tokenizer, write_jsonl
 from sftkit.chat import ChatTemplate, render, render_prompt, templates
-from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, split_rows, text_blocks, _anchor_ids
+from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, rows_on_both_sides, split_rows, text_blocks, _anchor_ids
 from sftkit.rows import Row, map_rows, plain, read_rows, rows_hash, sample_data, write_rows, _open
 from sftkit.recipe import DataError, SftkitError
 
@@ -271,11 +271,36 @@ def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
     with pytest.raises(DataError, match="no column `text`. Columns: .*body"): one_row({"body": "a", "n": 1})
 
 def test_mixed_types_name_the_row(tmp_path):
-    rows = [{"text": "a"}] * 6 + [{"text": 7}] + [{"text": "b"}]
-    with pytest.raises(DataError, match=r"a.jsonl line 7: column `text` holds a number \(7\) where other rows hold text"): detect_shape(read_rows(write_jsonl(tmp_path / "a.jsonl", rows)))
+    rows = [{"text": "a"}] * 6 + [{"text": ["b"]}] + [{"text": "b"}]
+    with pytest.raises(DataError, match=r"a.jsonl line 7: column `text` holds a list \(\['b'\]\) where other rows hold text"): detect_shape(read_rows(write_jsonl(tmp_path / "a.jsonl", rows)))
     with pytest.raises(DataError, match="row 2.*`messages` holds text"): detect_shape(read_rows([{"messages": TALK}, {"messages": "hello"}, {"messages": TALK}]))
     with pytest.raises(DataError, match="row 1.*`text` holds an object"): one_row({"text": {"a": 1}})
     with pytest.raises(DataError, match='text_column="messages"'): one_row({"messages": "User: hi"})
+
+@pytest.mark.parametrize("rows", [[{"text": "a"}, {"text": 7}, {"text": 1.5}], [{"prompt": "1+1=", "completion": 2}, {"prompt": 3, "completion": "b"}], [{"question": "q", "answer": 4}, {"question": "r", "answer": "five"}]])
+def test_acceptance_05_numbers_among_texts_are_what_a_csv_shows(tmp_path, rows):
+    import pandas as pd
+    pd.DataFrame(rows, dtype=object).to_csv(tmp_path / "a.csv", index=False)
+    sources = [read_rows(s) for s in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.csv", pd.DataFrame(rows, dtype=object), rows)]
+    encoded = [[e["input_ids"].tolist() for e in encode_rows(r, Encoder(tiny_tokenizer(extra=MARKERS), detect_shape(r))).examples] for r in sources]
+    assert len(encoded[0]) == len(rows) and all(e == encoded[0] for e in encoded) and len({rows_hash(r) for r in sources}) == 1
+
+LAID_OUT = [{"messages": TALK}, {"text": "a stray row"}, {"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}]
+
+@pytest.mark.parametrize("usual", LAID_OUT, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("stray", LAID_OUT, ids=lambda row: next(iter(row)))
+def test_a_row_of_another_layout_is_named(tmp_path, usual, stray):
+    if usual is stray: return
+    rows = read_rows(write_jsonl(tmp_path / "a.jsonl", [usual] * 9 + [stray] + [usual] * 3))
+    held = lambda row: " \\+ ".join(f"`{c}`" for c in row)
+    with pytest.raises(DataError, match=f"^a.jsonl line 10 holds {held(stray)}, where 12 of 13 rows hold {held(usual)}. All rows need the same columns"): detect_shape(rows)
+    with pytest.raises(DataError, match=f"^a.jsonl line 10 holds .* \\(2 rows do\\), where 12 of 14"): detect_shape([*rows, rows[9]])
+
+def test_columns_that_some_rows_lack_are_no_mixture():
+    rows = read_rows([{"text": "a", "messages": TALK}] * 2 + [{"messages": TALK}, {"text": "", "messages": TALK}])
+    with pytest.raises(DataError, match='2 of 5 rows hold `text`, and 5 hold `messages`. To train on `messages`, type text_column="messages"'): detect_shape([*rows, rows[2]])
+    assert detect_shape(rows).columns == ("text",) and "`messages`" in detect_shape(rows).notes[0] and detect_shape(rows, "messages").chat
+    assert detect_shape(read_rows([{"text": "a"}, {"messages": TALK}, {"text": "b"}]), "messages").chat                       # named: whoever lacks it is named later
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -486,6 +511,17 @@ def test_rows_in_error_are_named():
     with pytest.raises(DataError, match="a.jsonl line 2"): encode_rows(rows, Encoder(tok, Shape("messages", ("messages",)), templates()["chatml"]))
     with pytest.raises(DataError, match="row: column `messages` holds nothing"): encoder_for(tok, {"messages": TALK}, "chatml")({"other": 1})
 
+@pytest.mark.parametrize("template, row, says", [
+    ("llama", {"messages": [TALK[0], TALK[2], TALK[1], TALK[2]]}, "does not render.*alternate"), ("chatml", {"messages": [*TALK[1:3], {"role": "tool", "content": "42"}, TALK[2]]}, "format for a message of role tool"),
+    ("chatml", {"messages": TALK, "tools": [{"name": "search"}]}, "format for tools"), ("chatml", {"messages": TALK, "tools": 5}, "`tools` should be a list.*not 5"),
+    ("forgetful", {"messages": TALK}, "leaves out its content"),
+])
+def test_what_a_template_refuses_is_named_by_its_row(tmp_path, template, row, says):
+    rows = read_rows(write_jsonl(tmp_path / "chat.jsonl", [{"messages": TALK[1:3]}] * 40 + [row] + [{"messages": TALK[1:3]}] * 7))
+    forgetful = ChatTemplate("forgetful", "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    encoder = Encoder(tiny_tokenizer(extra=MARKERS), detect_shape(rows), {**templates(), "forgetful": forgetful}[template])
+    with pytest.raises(SftkitError, match=f"^chat.jsonl line 41: .*{says}"): encode_rows(rows, encoder)
+
 
 # ---- all rows -------------------------------------------------------------------------------------------------------
 
@@ -506,6 +542,17 @@ def test_acceptance_14_nothing_left_to_train_on_is_an_error():
     with pytest.raises(DataError, match=f"max_seq_length=5.*the earliest at token {first}.*Type max_seq_length="): encode_rows(rows, encoder)
     with pytest.raises(DataError, match="empty.*row 1"): encode_rows(read_rows([{"text": ""}]), Encoder(tok, Shape("text", ("text",))))
     with pytest.raises(DataError, match="empty"): encode_rows(read_rows([{"prompt": "a", "completion": ""}]), Encoder(tok, Shape("pair", ("prompt", "completion"))))
+
+def test_a_row_of_one_token_is_not_called_empty():
+    tok = tiny_tokenizer()
+    def says(rows, kind="text", tok=tok, **kw):
+        with pytest.raises(DataError) as caught: encode_rows(read_rows(rows), Encoder(tok, Shape(kind, tuple(rows[0])), **kw))
+        return str(caught.value)
+    for rows, kind in (([{"text": "a"}], "text"), ([{"prompt": "", "completion": "a"}], "pair")):
+        assert re.search("1 of them is one token long.*or leave add_eos_token at True", text := says(rows, kind, add_eos_token=False)) and "empty" not in text
+    assert "empty" in says([{"prompt": "a", "completion": ""}], "pair", add_eos_token=False) and "empty" in says([{"text": ""}], add_eos_token=False)
+    assert says([{"text": "a"}], tok=tiny_tokenizer(eos=None)).endswith("Give longer texts.")
+    assert "2 of them are one token long, e.g. row 2" in says([{"text": ""}, {"text": "a"}, {"text": "the"}], add_eos_token=False)
 
 def test_blank_answers_are_listed_not_trained():
     tok = tiny_tokenizer(extra=MARKERS)
@@ -549,6 +596,61 @@ def test_acceptance_19_duplicates_by_the_columns_that_are_trained_on():
     assert [r.value["id"] for r in valid] == [9]
     body = read_rows([{"body": "same", "id": i} for i in range(3)] + [{"body": "other", "id": 9}])
     assert [r.value["id"] for r in split_rows(body, 1, 0, detect_shape(body, "body"))[1]] == [9]
+
+ASKED = [(f"what is {i}?", f"the answer is {i}") for i in range(48)]
+def talk_of(q, a): return [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+THOUGHT = {"reasoning_content": "let me see"}
+SPELLINGS = {                                                                                          # two spellings of what is trained alike
+    "an id": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{**m, "id": f"{q} {n}"} for n, m in enumerate(talk_of(q, a))]}),
+    "ShareGPT": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}),
+    "parts": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [{**m, "content": [{"type": "text", "text": m["content"][:5]}, {"type": "text", "text": m["content"][5:]}]} for m in talk_of(q, a)]}),
+    "thinking that the template drops": (lambda q, a: {"messages": talk_of(q, a)}, lambda q, a: {"messages": [talk_of(q, a)[0], {**talk_of(q, a)[1], **THOUGHT}]}),
+    "system column": (lambda q, a: {"messages": [{"role": "system", "content": "s"}, *talk_of(q, a)]}, lambda q, a: {"messages": talk_of(q, a), "system": "s"}),
+    "no tools": (lambda q, a: {"messages": talk_of(q, a), "tools": []}, lambda q, a: {"messages": talk_of(q, a)}),
+    "empty input": (lambda q, a: {"instruction": q, "output": a}, lambda q, a: {"instruction": q, "input": "", "output": a}),
+    "input": (lambda q, a: {"instruction": "say\n\n" + q, "output": a}, lambda q, a: {"instruction": "say", "input": q, "output": a}),
+    "a number": (lambda q, a: {"question": q, "answer": int(a[14:])}, lambda q, a: {"question": q, "answer": a[14:]}),
+    "blanks": (lambda q, a: {"prompt": q, "completion": a}, lambda q, a: {"prompt": q + "\n", "completion": " " + a}),
+}
+
+@pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
+def test_acceptance_19_a_duplicate_is_one_however_it_is_spelled(spelled):
+    rows = read_rows([spell(q, a) for spell in spelled for q, a in ASKED])
+    shape = detect_shape(rows)
+    train, valid = split_rows(rows, 0.25, 7, shape)
+    assert len(valid) == 24 and not rows_on_both_sides(train, valid, shape) and {r.where for r in split_rows(rows, 0.25, 7)[1]} == {r.where for r in valid}
+    ids = [{tuple(e["input_ids"]) for e in encode_rows(part, Encoder(tiny_tokenizer(extra=MARKERS), shape, templates()["chatml"] if shape.chat else None)).examples} for part in (train, valid)]
+    assert not ids[0] & ids[1]
+    assert [(mine.where, theirs.where) for mine, theirs in rows_on_both_sides(rows[:48], rows[50:52], shape)] == [("row 51", "row 3"), ("row 52", "row 4")]
+
+def test_rows_that_differ_in_what_is_trained_are_no_duplicates():
+    q, a = ASKED[0]
+    call = lambda city: [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]
+    rows = read_rows([{"messages": talk_of(q, a)}, {"messages": talk_of(q, a), "system": "s"}, {"messages": talk_of(q, a), "tools": call("Rome")}, {"messages": talk_of(q, a) * 2},
+                      *[{"messages": [talk_of(q, a)[0], {"role": "assistant", "content": "", "tool_calls": call(city)}]} for city in ("Rome", "Oslo")],
+                      *[{"messages": [talk_of(q, a)[0], {"role": "assistant", "content": "", "thinking": t}]} for t in ("one", "two")]])
+    assert all(not rows_on_both_sides(rows[:i] + rows[i + 1:], [row], detect_shape(rows)) for i, row in enumerate(rows))
+
+def test_a_split_names_the_row_that_is_no_conversation():
+    rows = read_rows([{"messages": talk_of(*qa)} for qa in ASKED] + [{"messages": [{"role": "king", "content": "x"}]}])
+    with pytest.raises(DataError, match="row 49, message 1: 'king' is no role"): split_rows(rows, 0.25, 0)
+    pairs = read_rows([{"question": q, "answer": a} for q, a in ASKED] + [{"question": "", "answer": ""}])                # a blank one is left out later
+    assert len(split_rows(pairs, 0.25, 0)[1]) == 12
+
+def test_acceptance_19_rows_that_a_map_made_of_one_are_not_parted(tmp_path):
+    "Nor those that are alike to one of them, and in the file they are stored in no less."
+    rows = read_rows([{"text": q} for q, _ in ASKED])
+    mapped = map_rows(rows, lambda r: [r, {"text": "in other words, " + r["text"]}] if r["text"] != ASKED[5][0] else r, lambda r: [r, {"text": r["text"].upper()}] if "is 6?" in r["text"] else r)
+    mapped.append(Row({"text": "IN OTHER WORDS,  WHAT IS 6?"}, "row 49"))
+    assert [r.source for r in mapped if r.where in ("row 6", "row 7", "row 49")] == [None, *["row 7"] * 4, None]
+    stored = read_rows(write_rows(mapped, tmp_path / "x.jsonl"))
+    assert [r.value for r in stored] == [r.value for r in mapped] and rows_hash(stored) == rows_hash(mapped) != rows_hash([Row(r.value, r.where) for r in mapped])
+    for seed in range(5):
+        train, valid = split_rows(mapped, 0.25, seed)
+        assert 20 <= len(valid) <= 24 and not {r.where for r in train} & {r.where for r in valid} and len({"row 7", "row 49"} & {r.where for r in valid}) != 1
+        assert [r.value for r in split_rows(stored, 0.25, seed)[1]] == [r.value for r in valid]
+    assert Path(write_rows(rows, tmp_path / "y.jsonl")).read_text() == "".join(json.dumps(r.value) + "\n" for r in rows)            # nothing is added where rows stand alone
+    with pytest.raises(DataError, match="made of one row"): split_rows(map_rows(rows[:1], lambda r: [r, {"text": "b"}, {"text": "c"}]), 1, 0)
 
 @pytest.mark.parametrize("valid", [0, 1.5, -0.1, True, "a", float("nan"), 3, 5])
 def test_split_sizes_that_cannot_be(valid):
@@ -685,3 +787,17 @@ def test_an_address_is_told_from_a_path():
 def test_what_datasets_writes_beside_the_rows_is_no_data(tmp_path):
     (tmp_path/"dataset_infos.json").write_text('{"default": {"description": "x", "features": {}}}')
     assert read(tmp_path/"rows.jsonl", '{"text": "a"}\n') == [r.value for r in read_rows(tmp_path)] == [dict(text="a")]
+
+
+def test_acceptance_19_a_map_that_makes_several_rows_of_one_parts_none(tiny, chat_file):
+    "In this process, in another that reads the stored rows, and where the trainer itself does the mapping."
+    from sftkit import Session
+    from sftkit.training import Trainer
+    again = lambda row: [row, {"messages": [*row["messages"], {"role": "user", "content": "and"}, {"role": "assistant", "content": f"that {row['messages'][0]['content']}"}]}]
+    class Twice(Trainer):
+        def preprocess(self, row): return again(row)
+    plan = Session(tiny, project="run", chat_template="chatml").data(chat_file, eval=0.25)
+    prepared = [p._work.data for p in (plan.map(again), Session.from_recipe(plan.map(again).recipe), plan.trainer(Twice))]
+    held = [[[r.value for r in part] for part in (d.train_rows, d.valid_rows)] for d in prepared]
+    asked = [{row["messages"][0]["content"] for row in part} for part in held[0]]
+    assert held[0] == held[1] == held[2] and len(held[0][1]) == 24 and len(asked[1]) == 12 and not asked[0] & asked[1]
