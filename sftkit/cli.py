@@ -14,13 +14,18 @@ from .recipe import Recipe, SftkitError, RecipeError, did_you_mean, failure_text
 def _plan(args, project=None):
     "A Session from `--config FILE` and flags, which win over the file. `project` stands in where none is named."
     from sftkit.session import Session
-    args, config = list(args), {}
-    if "--config" in args:
-        i = args.index("--config")
-        if i + 1 == len(args) or args[i + 1].startswith("--"): raise RecipeError("`--config` needs the path of a YAML file.")
-        config = Recipe.from_yaml(args[i + 1]).to_dict()
-        del args[i:i + 2]
-    return Session.from_recipe(Recipe(**{**({"project_name": project} if project else {}), **config, **parse_args(args)}))
+    given = {"project_name": project} if project else {}
+    rest, path = _take(args, "--config")
+    if path is not None:
+        if not path or path.startswith("--"): raise RecipeError("`--config` needs the path of a YAML file.")
+        given |= Recipe.from_yaml(path).to_dict()
+    return Session.from_recipe(Recipe(**given | parse_args(rest, given)))
+
+def _take(args, flag): # the other words, and what follows `flag`: None where it is not given
+    at = next((i for i, word in enumerate(args) if word.partition("=")[0] == flag), None)
+    if at is None: return list(args), None
+    _, equals, value = args[at].partition("=")
+    return [*args[:at], *args[at + 1 + (not equals):]], value if equals else "".join(args[at + 1:at + 2])
 
 # %% ../nbs/18_cli.ipynb #14aa037a
 def llm(args):
@@ -45,11 +50,12 @@ def memory(args):
     from sftkit.memory import machine
     words, own = list(args), {}
     for flag, name, convert in (("--gpu", "gpu", str), ("--device-gib", "device_bytes", lambda gib: int(float(gib) * 2**30))):
-        at = next((i for i, w in enumerate(words) if w == flag or w.startswith(flag + "=")), None)
-        if at is None: continue
-        word = words.pop(at)
-        try: own[name] = convert(word.partition("=")[2] or words.pop(at))
-        except (IndexError, ValueError):
+        words, value = _take(words, flag)
+        if value is None: continue
+        try:
+            if not value: raise ValueError
+            own[name] = convert(value)
+        except ValueError:
             raise RecipeError(f"`{flag}` needs {'the name of a card, e.g. --gpu T4' if name == 'gpu' else 'a size in GiB, e.g. --device-gib 16'}.") from None
     if own: machine(**own)                                          # raises before the data is read
     print(_plan(words, project="memory").memory(**own))

@@ -176,11 +176,11 @@ class Recipe:
 
     def __init__(self, **values):
         values, mistakes = check_fields(values)
-        missing = [n for n, f in recipe_fields().items() if _required(f) and n not in values and not any(f"`{n}`" in m for m in mistakes)]
-        mistakes += [f"`{n}` is missing: {recipe_fields()[n].metadata['doc']}{_STEP_FOR.get(n, '')}." for n in missing]
+        mistakes += _missing(values, mistakes)
         for name, f in recipe_fields().items():
             object.__setattr__(self, name, values.get(name, None if _required(f) else f.default))
-        raise_all(mistakes or conflicts(self))
+        mistaken = _named(" ".join(mistakes))
+        raise_all(mistakes + [c for c in conflicts(self) if not mistaken & _named(c)])
 
     def replace(self, **values)->"Recipe":
         "A copy with some fields changed, checked again."
@@ -305,17 +305,25 @@ def unknown_field(
 def check_fields(
     values:dict, # field name -> value as given
 )->tuple[dict, list]: # values brought to their types, and the mistakes found, a sentence each
-    "Check each value for itself; combinations are checked by `conflicts`."
+    "Check each value for itself; combinations are checked by `conflicts`. A value that is mistaken is not among those brought to their types."
     good, mistakes, fields = {}, [], recipe_fields()
     for name, value in values.items():
         if name not in fields: mistakes.append(unknown_field(name)); continue
-        try: good[name] = _convert(fields[name], value)
+        try: converted = _convert(fields[name], value)
         except ValueError as e:
             shown = "(hidden)" if name == "token" else repr(value)
             mistakes.append(f"`{name}` is {shown}; accepted: {'one of ' + ', '.join(map(str, c)) if (c := fields[name].metadata.get('choices')) else e}.")
             continue
-        if wrong := _limit(fields[name], good[name]): mistakes.append(f"`{name}` is {value!r}; accepted: {wrong}")
+        if wrong := _limit(fields[name], converted): mistakes.append(f"`{name}` is {value!r}; accepted: {wrong}")
+        else: good[name] = converted
     return good, mistakes
+
+def _missing(values, mistakes): # a sentence for each field without which there is no recipe, and of which no mistake tells
+    return [f"`{n}` is missing: {f.metadata['doc']}{_STEP_FOR.get(n, '')}." for n, f in recipe_fields().items()
+            if _required(f) and n not in values and n not in _named(" ".join(mistakes))]
+
+def _named(text): return {word.lstrip("-").replace("-", "_") for word in re.findall(r"`([\w-]+)", text)} # fields and flags that sentences tell of
+
 
 # %% ../nbs/00_recipe.ipynb #8393d350
 def raise_all(
@@ -495,16 +503,23 @@ def _flag_value(text, rest):
 # %% ../nbs/00_recipe.ipynb #00ec92fd
 def parse_args(
     args:list, # words of a command line, e.g. ["--model", "gpt2", "--peft"]
+    more:dict|None=None, # fields that are given elsewhere, for instance in a file
 )->dict: # field name -> value as text (or a bool, from a switch)
-    "Recipe fields from flags. Raises one `RecipeError` listing every flag that is unknown or lacks its value."
+    "Recipe fields from flags. Raises one `RecipeError` listing every flag that is unknown or lacks its value, and what else is wrong or missing then."
     values, mistakes, i = {}, [], 0
     while i < len(args):
-        if not args[i].startswith("--"): mistakes.append(f"`{args[i]}` stands alone; every value follows a flag such as `--model`."); i += 1; continue
+        if not args[i].startswith("--"):
+            switch = i and args[i - 1].startswith("--") and values.get(args[i - 1][2:].replace("-", "_")) is True
+            mistakes.append(f"`{args[i - 1]}` is followed by `{args[i]}`; accepted: nothing, yes or no." if switch else
+                            f"`{args[i]}` stands alone; every value follows a flag such as `--model`.")
+            i += 1; continue
         try:
             name, value, used = _flag_value(args[i], args[i + 1:])
             values[name] = value
         except ValueError as e: mistakes.append(str(e)); used = int(i + 1 < len(args) and not args[i + 1].startswith("--"))
         i += 1 + used
-    if mistakes: mistakes += check_fields(values)[1]
+    if mistakes:
+        mistakes += check_fields(values)[1]
+        mistakes += _missing({**(more or {}), **values}, mistakes)
     raise_all(mistakes)
     return values
