@@ -31,15 +31,24 @@ def _take(args, flag): # the other words, and what follows `flag`: None where it
 def llm(args):
     "sftkit llm --model M --data-path D --project-name P [...]: fine-tune; `sftkit llm --help` lists the flags"
     if "--help" in args or "-h" in args or not args: return print(flags_help())
-    from sftkit.launch import launch, wants_processes
+    from sftkit.launch import wants_processes
     plan = _plan(args)
-    if wants_processes(plan.recipe): return launch(plan.recipe)
+    if wants_processes(plan.recipe): return _launched(plan.recipe)
     run = plan.fit()
     if int(os.environ.get("RANK", 0)) != 0: return
     print(f"Report: {run.report()}")
     return _exit_code(run)
 
-def _exit_code(run): return int(run.recipe.push_to_hub and run.state == "finished" and not run.url)          # trained and kept, but not uploaded as asked
+def _launched(recipe):
+    from sftkit.launch import launch
+    from sftkit.session import Run
+    return launch(recipe) or _exit_code(Run.open(recipe.project_name))
+
+def _exit_code(run):
+    if run.state == "interrupted" and "RANK" not in os.environ:                       # to a launcher, a worker that says so would be one that failed
+        print(f"Interrupted, with a checkpoint. Go on with: sftkit resume {run.directory.shown}", file=sys.stderr)
+        return 130
+    return int(run.recipe.push_to_hub and run.state == "finished" and not run.url)    # trained and kept, but not uploaded as asked
 
 def preview(args):
     "sftkit preview --model M --data-path D [...]: show which tokens would be trained"
@@ -70,10 +79,11 @@ def stop(args):
 
 def resume(args):
     "sftkit resume RUN: go on with a run that was interrupted, stopped or killed"
-    from sftkit.launch import launch, wants_processes
+    from sftkit.launch import wants_processes
     run = _run(args, "resume")
     if run.state == "finished": print(f"`{run.directory.shown}` is finished, so there is nothing to go on with.")      # a job that is queued again ends well
-    elif wants_processes(recipe := run._here.replace(resume=True)): return launch(recipe)
+    elif run.directory.is_running(): print(run.resume())                                                                           # paused: its own processes go on
+    elif wants_processes(recipe := run._here.replace(resume=True)): return _launched(recipe)
     else: print(run := run.resume())
     return _exit_code(run)
 
@@ -126,6 +136,7 @@ def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted
     "The command `sftkit`. Errors of sftkit are printed without a traceback, unless `--traceback` asks for one."
+    if argv is None and not {"", os.getcwd()} & set(sys.path): sys.path.insert(0, os.getcwd())        # as `python -m sftkit` has it: for `--trainer module:Class`
     argv = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in argv
     argv = [a for a in argv if a != "--traceback"]

@@ -70,6 +70,7 @@ def write_atomic(
 ):
     "Write `text` beside `path`, flush, and rename: a reader sees the old file or the new one, never a half."
     path = Path(path)
+    if path.is_dir(): raise RunError(f"`{path}` is a folder. Give the path of the file to write, for instance `{path/'name'}`.")
     if not path.parent.is_dir(): raise RunError(f"There is no folder `{path.parent}` to write `{path.name}` into. Make it first, or give another path.")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:

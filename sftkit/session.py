@@ -165,6 +165,9 @@ class Session:
 
     def trainer(self, cls)->"Session":
         "A subclass of `sftkit.training.Trainer`, for instance with its own `preprocess`."
+        if not isinstance(cls, type):
+            raise RecipeError(f"`.trainer({cls!r})`: it takes a class, a subclass of sftkit.training.Trainer. To name one, type "
+                              "`.options(trainer=\"module:Class\")`.")
         return self._with({"trainer": f"{cls.__module__}:{cls.__qualname__}"}, _trainer=cls)
 
     @property
@@ -224,13 +227,14 @@ class Session:
     def to_script(self, path:str|Path|None=None)->str:
         "A Python script that does the same run, written to `path` if given."
         text = script(_portable(self).recipe)
-        if path is not None: Path(path).write_text(text, encoding="utf-8")
+        if path is not None: write_atomic(Path(path), text)
         return text
 
     @functools.cached_property
     def _work(self):
-        from sftkit.training import trainer_class
+        from sftkit.training import Trainer, trainer_class
         cls = self._trainer or trainer_class(self._recipe.trainer)
+        if not issubclass(cls, Trainer): raise RecipeError(f"`{cls.__qualname__}` is no subclass of sftkit.training.Trainer, so it trains nothing.")
         return cls(self._recipe, self._stored.get("data_path"), self._stored.get("valid_path"))
 
     def encode(self, row:dict)->dict:
@@ -251,6 +255,7 @@ class Session:
 
         With widgets: of all rows, `n` a page."""
         from sftkit.view import preview_html, preview_text
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise RecipeError(f"`preview(n={n!r})`: `n` is a number of rows, 1 or more.")
         data = self._work.data
         given = rows if rows is None else self._mapped([Row(row, f"row {i}") for i, row in enumerate(rows, 1)])
         html, text = (draw(**_to_preview(data, data.train_rows[:n] if given is None else given)) for draw in (preview_html, preview_text))

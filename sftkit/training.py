@@ -18,7 +18,7 @@ from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub
 from .events import EventLog, RunDirectory, flush_folder, process_gone, short_path, this_process
 from .rows import rows_hash, store_rows
 from .loss import check_packing, check_scoring, load_teacher, plain_attention, use_flat_attention
-from .memory import read_memory
+from .memory import read_memory, reset_peak
 from .prepare import Prepared, memory_forecast, prepare, sample_prompts
 from .engine import Engine, check_backend, check_trackers, started_trackers, stop_on_interrupt
 
@@ -233,6 +233,7 @@ class Trainer:
 
     def _run(self, log, run, data, device, dtype, checkpoint):
         log.append("state", state="starting", step=_last_step(run), **this_process())
+        reset_peak(device)
         if process_rank() == 0: self._write_plan(run, data, device)
         attention = attention_backend(self.recipe.use_flash_attention_2, device)[1]
         for text in (*data.notes, _idle_gpus(), attention, unsloth_note(self.recipe, device, data.new_ids)):

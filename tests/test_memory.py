@@ -13,7 +13,7 @@ from sftkit import Session
 from sftkit.cli import main
 from sftkit.data import collate
 from sftkit.events import read_events
-from sftkit.memory import GPUS, Ledger, Load, Machine, blank_model, forecast, held_parts, machine, rehearse
+from sftkit.memory import GPUS, Ledger, Load, Machine, blank_model, forecast, held_parts, machine, read_memory, rehearse
 from sftkit.model import add_lora, load_base, load_for_training, load_tokenizer, recompute_activations
 from sftkit.loss import flat_batch, token_loss_sum, use_flat_attention
 from sftkit.recipe import ModelError, Recipe, RecipeError
@@ -378,3 +378,18 @@ def test_forecast_on_the_sample_model():
     from sftkit import sample_data, sample_model
     said = Session(sample_model(), project="p").data(sample_data()).memory(gpu="T4")
     assert said.fits and abs(said.parts["weights"] / 4 - 134_515_008) < 1000 and said.verdict == "fits"        # SmolLM2-135M, tied
+
+
+def test_the_peak_is_that_of_the_run(tiny, chat_file):
+    "What an earlier run of this process, or the process that started this one, held is not this run's."
+    from sftkit.memory import reset_peak
+    cpu = torch.device("cpu")
+    once = torch.ones(2**28, dtype=torch.uint8); high = read_memory(cpu)["peak_bytes"]; del once
+    reset_peak(cpu)
+    after = read_memory(cpu)
+    assert after["allocated_bytes"] <= after["peak_bytes"] < high - 2**27
+    again = torch.ones(2**27, dtype=torch.uint8)
+    assert read_memory(cpu)["peak_bytes"] >= after["allocated_bytes"] + again.nbytes - 2**20
+    del again
+    run = Session(tiny, project="run").data(chat_file).options(max_steps=2, batch_size=2).fit()
+    assert max(e["peak_bytes"] for e in run.events if e["kind"] == "memory") < high

@@ -19,9 +19,20 @@ FLOORS = {p.stem[3:]: int(p.stem[:2]) for p in (ROOT / "nbs").glob("[0-9][0-9]_*
 def imported(path):
     "Modules of sftkit that a module imports, anywhere in it."
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            if node.level and node.module: yield node.module.split(".")[0]
-            elif (node.module or "").startswith("sftkit."): yield node.module.split(".")[1]
+        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ("sftkit." if node.level else "") + (node.module or "")
+            names = [f"{package.rstrip('.')}.{alias.name}" for alias in node.names] if package.rstrip(".") == "sftkit" else [package]
+        else: continue
+        for name in names:
+            _, _, rest = name.partition("sftkit.")
+            if name.startswith("sftkit.") and (module := home(rest.split(".")[0])): yield module
+
+
+def home(name):
+    "The module that holds a name of the package."
+    import sftkit
+    return name if name in FLOORS else sftkit._HOMES.get(name)
 
 
 def test_every_module_imports_only_from_lower_floors():

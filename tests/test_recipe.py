@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CHAT, TEXT
 from sftkit import Run, Session
-from sftkit.recipe import DataError, ModelError, Recipe, hub_access, recipe_fields, without_effect
+from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, hub_access, parse_args, recipe_fields, without_effect
 from running import chat_plan, nats_by_hand, real_rows, steps
 from tiny import save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -211,3 +211,16 @@ def test_a_hub_that_does_not_answer_is_told_once():
         log.warning("Retrying in 1s [Retry 1/5].")
     finally: log.removeHandler(quiet)
     assert said == ["The hub does not answer; trying again a few times.", "something else", "Retrying in 1s [Retry 1/5]."]
+
+
+def test_acceptance_32_mistakes_of_every_kind_are_told_together():
+    def said(make):
+        with pytest.raises(RecipeError) as told: make()
+        return str(told.value)
+    one = said(lambda: Recipe(model="m", data_path="d", project_name="p", padding="lft", quantization="int4"))
+    assert one.startswith("2 things") and "`padding` is 'lft'" in one and "add `peft=True`" in one
+    assert "add `peft=True`" not in said(lambda: Recipe(model="m", data_path="d", project_name="p", peft="maybe", quantization="int4"))      # may be what was meant
+    two = said(lambda: parse_args(["--learning-rte", "3", "--epochs", "x"]))
+    assert two.startswith("5 things") and all(f"`{n}`" in two for n in ("--learning-rte", "epochs", "model", "data_path", "project_name"))
+    assert "things" not in said(lambda: parse_args(["--learning-rte", "3"], dict(model="m", data_path="d", project_name="p")))
+    assert said(lambda: parse_args(["--model", "m", "--peft", "maybe"])).splitlines()[1].strip() == "1. `--peft` is followed by `maybe`; accepted: nothing, yes or no."

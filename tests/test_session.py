@@ -1,6 +1,8 @@
 """Plans, their four spellings, and runs."""
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from conftest import CHAT, TEXT
 from sftkit import Recipe, Run, Session, compare, train
 from sftkit.recipe import DataError, RecipeError, RunError, SftkitError
-from running import environment, losses
+from running import PYTHON, environment, losses
 from tiny import write_jsonl
 
 FAST = dict(epochs=2, batch_size=8, gradient_accumulation=1, lr=1e-2, chat_template="chatml")
@@ -424,3 +426,59 @@ def test_what_evaluate_refuses(tiny, tmp_path):
     for wrong in dict(batch_size=0), dict(max_new_tokens=0), dict(max_new_tokens="3"):
         with pytest.raises(SftkitError, match="a whole number is needed, at least 1"): run.evaluate(PAIRS[:2], **wrong)
     with pytest.raises(SftkitError, match="temperature=-1"): run.generate("x", temperature=-1)
+
+
+# -- the command that pip installs, and where things go wrong
+
+def installed(*words, **more):
+    "The command as pip installs it, whose folder of scripts stands where `python -m` has the current one."
+    return subprocess.run([Path(PYTHON).parent/"sftkit", *words], capture_output=True, text=True, env=environment(), **more)
+
+
+def test_the_installed_command_finds_a_trainer_and_a_metric_beside_the_data(tiny, chat_file):
+    Path("mine.py").write_text("from sftkit.training import Trainer\nclass Mine(Trainer):\n    def preprocess(self, row): return row\ndef half(predictions, references): return 0.5\n")
+    words = ["--model", tiny, "--data-path", chat_file, "--project-name", "own", "--trainer", "mine:Mine", "--max-steps", "1", "--valid-split", "4", "--use-enhanced-eval", "--eval-metrics", "mine:half", "--eval-max-new-tokens", "2"]
+    done = installed("llm", *words)
+    assert done.returncode == 0, done.stderr
+    assert next(e for e in Run.open("own").events if e["kind"] == "scores")["half"] == 0.5
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_did_not_succeed(tiny, chat_file):
+    from running import until
+    started = subprocess.Popen([sys.executable, "-m", "sftkit", "llm", "--model", tiny, "--data-path", chat_file, "--project-name", "long", "--epochs", "500"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: Path("long/recipe.yaml").exists() and len(Run.open("long").history) > 1, 120)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 130 and "sftkit resume long" in said and Run.open("long").state == "interrupted"
+
+
+def test_a_paused_run_of_several_processes_is_woken_and_not_started_again(tmp_path, monkeypatch):
+    from sftkit.cli import main
+    from sftkit.events import EventLog, this_process
+    recipe = Recipe(model="m", data_path="d", project_name="paused", gpus=2)
+    Path("paused").mkdir(); recipe.to_yaml("paused/recipe.yaml")
+    log = EventLog(Path("paused/events.jsonl")); log.append("state", state="paused", step=1, **this_process()); log.close()
+    monkeypatch.setattr("sftkit.launch.launch", lambda recipe: pytest.fail("started again"))
+    assert main(["resume", "paused"]) == 0
+    assert list(Path("paused/control").iterdir())
+
+
+def test_scripts_and_other_texts_are_written_whole_or_not_at_all(tiny, chat_file, monkeypatch):
+    plan = Session(tiny, project="p").data(chat_file)
+    plan.to_script("s.py"); before = Path("s.py").read_text()
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"): plan.options(lr=0.5).to_script("s.py")
+    assert Path("s.py").read_text() == before and sorted(p.name for p in Path().glob("*s.py*")) == ["s.py"]
+    monkeypatch.undo()
+    for write in (plan.to_script, plan.to_yaml):
+        with pytest.raises(RunError, match="no folder `no/such`"): write("no/such/x")
+        with pytest.raises(RunError, match="is a folder"): write(Path(chat_file).parent)
+
+
+def test_what_is_no_trainer_and_no_number_of_rows_is_said_so(tiny, chat_file):
+    plan = Session(tiny, project="p").data(chat_file)
+    with pytest.raises(RecipeError, match="it takes a class.*module:Class"): plan.trainer("abc")
+    with pytest.raises(RecipeError, match="`int` is no subclass"): plan.trainer(int).fit()
+    for n in ("a", 0, True):
+        with pytest.raises(RecipeError, match="number of rows"): plan.preview(n=n)
+    assert not Path("p").exists()
