@@ -294,16 +294,17 @@ class WidgetRenderer:
         self.view, self._began = LiveView(self.title, self.on_request, self.commands, progress, **self.more).show(), time.monotonic()
         self._wait_for_twin(progress)
 
-    def _wait_for_twin(self, progress): # a run that is young changes fast, and is saved like any other
+    def _wait_for_twin(self, progress, cost=0.0): # a run that is young changes fast, and is saved like any other; `cost`: seconds of a refresh
         now = time.monotonic()
-        rest = self.twin_seconds if self.view.seen else 0.0
-        self._state, self._next_twin = progress.state, now + max(min(rest, (now - self._began) / 5), self.unseen_seconds)
+        wanted = max((now - self._began) / 5 if self.view.seen else 0.0, 400 * cost)          # half of what `Allowance` allows, at most
+        self._state, self._next_twin = progress.state, now + max(min(wanted, self.twin_seconds), self.unseen_seconds)
 
     def push(self, events, progress):
         self.view.push(events)
         if progress.state == self._state and time.monotonic() < self._next_twin: return
+        began = time.thread_time()
         self.view.refresh()
-        self._wait_for_twin(progress)
+        self._wait_for_twin(progress, time.thread_time() - began)
 
     def finish(self, progress):
         if not os.environ.get("JPY_SESSION_NAME") or not _models_come_alone(): return self.view.leave()

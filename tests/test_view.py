@@ -203,6 +203,7 @@ def test_what_went_wrong_stays_said():
     assert p.marks == before and {m["kind"] for m in before} == {"checkpoint", "out of memory", "note"}          # what is said before the first step, or after the end, is no place on the curve
     for html in (run_html(p), report_html(p, {})):
         for words in ("rows were held out", "step 60: Memory ran out; half a batch", "step 60: note 19", "Uploaded to"): assert words in Page(html.replace("<!doctype html>", "")).words
+    assert Progress(events[:-2] + [say("The best step is kept.", when="after")]).notes[-1]["step"] is None
     back = p.add([say("at step 60", step=60), {"kind": "state", "state": "training", "step": 50}])
     assert "at step 60" not in [n["text"] for n in back.notes] and "out of memory" in [n["kind"] for n in back.notes]
 
