@@ -141,7 +141,8 @@ def test_a_page_gets_what_was_sent_while_its_script_was_loading(sent):
     for seq in (1, None, "x"): v._asked(v, {"type": "here", "seq": seq}, [])
     assert len(sent) == 3 and all(m["whole"]["seq"] == 2 and len(m["whole"]["points"]) == 5 for m in sent); v.close()
 
-def event(kind, later=0.0, **fields): return {"t": time.time() + later, "kind": kind, **fields}
+CLICKED = 1_760_000_000.0
+def event(kind, later=0.0, **fields): return {"t": CLICKED + later, "kind": kind, **fields}
 
 @pytest.mark.parametrize("asked, events, pending", [
     ("pause", [event("step", 1, step=2)], True), ("pause", [event("step", 1, step=2), event("state", 1, state="paused", step=2)], False), ("pause", [event("state", 1, state="paused", step=1)], False),
@@ -153,10 +154,10 @@ def event(kind, later=0.0, **fields): return {"t": time.time() + later, "kind": 
     ("checkpoint", [event("step", 1, step=2), event("checkpoint", 9, step=2)], False), ("evaluate", [event("step", 1, step=2), event("eval", 99, step=2, loss=1.0)], False),
     ("stop", [event("step", 1, step=2), event("step", 2, step=3), event("checkpoint", 3, step=3)], True), ("stop", [event("state", 1, state="stopped", step=2)], False), ("evaluate", [event("state", 1, state="failed")], False)])
 def test_a_button_waits_for_what_the_run_does(sent, asked, events, pending):
-    p = Progress([event("state", state="training", step=0), event("step", step=1, loss=1.0)]); v = LiveView("run", on_request=lambda name: None, progress=p)
+    p = Progress([event("state", -2, state="training", step=0), event("step", -1, step=1, loss=1.0)]); v = LiveView("run", on_request=lambda name: None, progress=p)
     v._asked(v, {"type": "request", "name": asked}, [])
     assert sent == [{"taken": asked, "pending": [asked]}] and v.get_state("history")["history"]["facts"]["pending"] == [asked]       # also for a page that is opened now
-    v._pending[asked][0] = time.time() - 0.5                                                                                      # the events of the table are younger than this file
+    v._pending[asked][0] = CLICKED
     for e in events: p.add([e]); v.push([e])
     assert sent[-1]["facts"]["pending"] == [asked] * pending; v.close()
 
