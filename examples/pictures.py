@@ -82,7 +82,7 @@ run = plan.options(batch_size=8, gradient_accumulation=1, max_seq_length=128, ep
             nb.page.evaluate("() => document.querySelector('.sft-samples').open = false")
             nb.page.locator(".sft-live").screenshot(path=DOCS / "live.png")
             nb.page.locator("button[data-command=stop]").click()
-            nb.page.wait_for_selector("img[src^='data:image/svg+xml']", timeout=60_000)
+            nb.page.wait_for_function("() => document.querySelector('.sft-badge').textContent.includes('stopped')", timeout=60_000)
 
 
 def main():

@@ -14,11 +14,30 @@ const button = (parent, text, title, act) => { const b = node("button", "", pare
 const count = (n) => Number(n).toLocaleString("en");
 const inSelector = (id) => String(id).replace(/[^\w-]/g, "");
 
-function ticks(low, high, n, whole) { // about `n` round numbers in the range, as sftkit.view.nice_ticks
+function ticks(low, high, n, whole) { // about `n` round numbers in the range, as sftkit.charts.nice_ticks
   const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw)), out = [];
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999 && !(whole && s % 1)) ?? 1;
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
   return out;
 }
 
+// The range of a loss axis, as sftkit.charts._loss_range: a spike of `raw` beyond its 99.5th percentile does not flatten the rest.
+function lossRange(raw, other) {
+  raw = raw.filter((v) => v != null).sort((a, b) => a - b); other = other.filter((v) => v != null);
+  if (!raw.length && !other.length) return [0, 1];
+  let low = raw[0] ?? Infinity, high = raw[raw.length - 1] ?? -Infinity, otherHigh = -Infinity;
+  for (const v of other) { if (v < low) low = v; if (v > otherHigh) otherHigh = v; }
+  high = Math.max(high, otherHigh);
+  if (raw.length >= 50) {
+    const usual = Math.max(raw[Math.floor(0.995 * raw.length) - 1], otherHigh);
+    if (high > usual + 0.5 * (usual - low)) high = usual;
+  }
+  const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 0.5;
+  return [low >= 0 ? Math.max(low - pad, 0) : low - pad, high + pad];
+}
+
+function spread(ends, gap = 13) { // pushes labels [y, x, ...] apart that stand close to each other, downwards, as sftkit.charts._spread
+  ends.sort((a, b) => a[0] - b[0]);
+  ends.forEach((end, i) => { for (const other of ends.slice(0, i)) if (Math.abs(end[1] - other[1]) < gap) end[0] = Math.max(end[0], other[0] + gap); });
+  return ends;
+}

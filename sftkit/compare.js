@@ -14,7 +14,7 @@ const NS = "http://www.w3.org/2000/svg";
 const draw1 = (tag, parent, at, text) => { const e = document.createElementNS(NS, tag); for (const [k, v] of Object.entries(at)) e.setAttribute(k, v); if (text !== undefined) e.textContent = text; parent.append(e); return e; };
 const AXES = [["optimizer step", 0, "step"], ["trained tokens", 1, "trained tokens"], ["seconds of training", 2, "seconds"]];
 
-const brief = (v) => v >= 1e6 ? `${+(v / 1e6).toPrecision(3)} M` : v >= 1e4 ? `${+(v / 1e3).toPrecision(3)} k` : v.toLocaleString("en");
+const brief = (v) => v >= 1e6 ? `${(v / 1e6).toFixed(1)} M` : count(v);
 
 function startCompare(model, redraw) {
   const store = { curves: {}, results: [], live: [], seq: -1 };
@@ -64,10 +64,8 @@ function mountCompare(model, root, store) {
     const all = shown().flatMap(([, c]) => [...c.loss, ...c.evals]), values = all.map((p) => p[3]).filter((v) => v != null);
     const label = (s, x, y, anchor, more = {}) => draw1("text", chart, { x, y, "text-anchor": anchor, fill: "currentColor", "fill-opacity": 0.68, "font-size": 11, ...more }, s);
     if (!values.length) { label(hidden.size === runs.length ? "every run is hidden" : "no steps yet", width / 2, height / 2, "middle", { "font-size": 13 }); return; }
-    let low = Math.min(...values), high = Math.max(...values);
-    const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 0.5, last = Math.max(...all.map((p) => p[k])) || 1;
-    low = low >= 0 ? Math.max(low - pad, 0) : low - pad; high += pad;
-    const fx = (v) => left + v / last * (right - left), fy = (v) => bottom - (v - low) / (high - low) * (bottom - topY);
+    const [low, high] = lossRange(values, []), last = all.reduce((m, p) => Math.max(m, p[k]), 0) || 1;
+    const fx = (v) => left + v / last * (right - left), fy = (v) => bottom - (Math.min(Math.max(v, low), high) - low) / (high - low) * (bottom - topY);
     const rule = (x1, y1, x2, y2, o) => draw1("line", chart, { x1, y1, x2, y2, stroke: "currentColor", "stroke-opacity": o });
     for (const v of ticks(low, high, 5)) { rule(left, fy(v), right, fy(v), 0.13); label(String(v), left - 8, fy(v) + 4, "end"); }
     for (const v of ticks(0, last, Math.max(2, Math.round(width / 120)), k < 2)) { rule(fx(v), bottom, fx(v), bottom + 4, 0.4); label(brief(v), fx(v), bottom + 17, "middle"); }
@@ -85,10 +83,7 @@ function mountCompare(model, root, store) {
       draw1("circle", chart, { cx: fx(p[k]), cy: fy(p[3]), r: 4, fill: run.ink });
       words.push([run.ink, `${i + 1} ${run.name}: ${p[3].toFixed(3)} at step ${count(p[0])}`]);
     }
-    ends.sort((a, b) => a[0] - b[0]);
-    ends.forEach((e, i) => { // apart where they stand close, as sftkit.charts does it
-      for (const other of ends.slice(0, i)) if (Math.abs(e[1] - other[1]) < 13) e[0] = Math.max(e[0], other[0] + 13);
-      label(e[2], e[1], e[0], "start", { fill: e[3], "fill-opacity": 1, "font-weight": 600, "font-size": 12 }); });
+    for (const e of spread(ends)) label(e[2], e[1], e[0], "start", { fill: e[3], "fill-opacity": 1, "font-weight": 600, "font-size": 12 });
     if (hover != null && hover >= left && hover <= right) rule(hover, topY, hover, bottom, 0.5);
     if (words.length) for (const [ink, w] of words) { const e = node("span", "", read); node("span", "m-dot", e).style.background = ink; e.append(w); }
     else node("span", "", read, "Lines: training loss, smoothed. Rings: evaluation.");

@@ -10,35 +10,32 @@ const COMMANDS = {
   resume: ["▶ Resume", "Go on training"],
   evaluate: ["◎ Evaluate", "Evaluate on the held-out rows after this step and go on"],
 };
-const CSS = `
-.sft-live{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,var(--vscode-editor-foreground,currentColor));max-width:760px;padding:2px 0 6px;container-type:inline-size}
-.sft-live *{box-sizing:border-box}
-.sft-head{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;margin:2px 0 8px}
-.sft-head b{font-size:15px;overflow-wrap:anywhere}
-.sft-soft{opacity:.7;font-size:12px;overflow-wrap:anywhere}
-.sft-badge{border:1px solid #7d838c;border-radius:10px;padding:0 9px;font-size:12px;white-space:nowrap}
-.sft-badge[data-state=training]{border-color:${TRAIN};color:${TRAIN}} .sft-badge[data-state=failed],.sft-badge[data-state=died]{border-color:${ALARM};color:${ALARM}}
-.sft-buttons{margin-left:auto;display:flex;gap:6px}
-.sft-buttons button{font:inherit;font-size:12px;color:inherit;background:transparent;border:1px solid rgba(128,128,128,.55);border-radius:4px;padding:2px 10px;cursor:pointer}
-.sft-buttons button:hover:not(:disabled){background:rgba(128,128,128,.16)} .sft-buttons button:focus-visible{outline:2px solid ${TRAIN};outline-offset:1px}
-.sft-buttons button:disabled{opacity:.55;cursor:default}
-.sft-bar{height:3px;background:rgba(128,128,128,.22);border-radius:2px;margin:0 0 10px;overflow:hidden} .sft-bar div{height:100%;background:${TRAIN};border-radius:2px}
-.sft-tiles{display:flex;flex-wrap:wrap;gap:4px 14px;margin-bottom:6px;font-variant-numeric:tabular-nums}
-.sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-tiles b{font-size:clamp(12px,calc((100cqi - var(--tiles)*14px)/(var(--letters)*.62)),17px);font-weight:600;white-space:nowrap}
-.sft-chart{position:relative} .sft-chart canvas{display:block;width:100%;height:250px}
-.sft-under{display:flex;align-items:center;gap:4px 14px;min-height:20px;font-size:12px;margin-bottom:4px} .sft-read{margin-left:auto;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-variant-numeric:tabular-nums}
-.sft-panels{display:flex;flex-wrap:wrap;gap:4px 16px;margin-bottom:6px} .sft-panels div{flex:1 1 170px;min-width:0;font-size:11px} .sft-panels span{opacity:.75;font-variant-numeric:tabular-nums} .sft-panels canvas{display:block;width:100%;height:44px}
-.sft-scores{font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere;margin-top:4px;opacity:.85}
-.sft-foot{display:flex;flex-wrap:wrap;align-items:center;gap:4px 14px;font-size:12px}
-.sft-gauge{position:relative;width:220px;max-width:100%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
-.sft-gauge i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:${TRAIN}} .sft-gauge i:first-child{opacity:.35}
-.sft-gauge .sft-peak,.sft-gauge .sft-forecast{top:-2px;bottom:-2px;width:2px;border-radius:0} .sft-gauge.sft-full i{background:${ALARM}}
-.sft-gauge .sft-forecast,.sft-gauge.sft-full .sft-forecast{background:${EVAL};width:3px} .sft-parts{position:absolute;left:0;right:0;top:0;height:8px;display:flex;border-radius:3px;overflow:hidden} .sft-parts span{flex:none}
-.sft-under label{display:flex;flex:none;align-items:center;gap:6px;opacity:.8} .sft-under input{width:84px;accent-color:${TRAIN};margin:0}
-.sft-notice{border-left:3px solid ${EVAL};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-notice.sft-bad{border-color:${ALARM}}
-.sft-samples{margin-top:6px;font-size:12px} .sft-samples summary{cursor:pointer;opacity:.8}
-.sft-samples dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 12px;margin:6px 0;border-top:1px solid rgba(128,128,128,.3);padding-top:5px}
-.sft-samples dt{opacity:.7} .sft-samples dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto}
+const LIVE_CSS = `
+.sft-p.sft-live{max-width:766px}
+.sft-live .sft-head{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;margin:2px 0 8px} .sft-live .sft-head b{font-size:15px;overflow-wrap:anywhere}
+.sft-live .sft-soft{opacity:.7;font-size:12px;overflow-wrap:anywhere} .sft-live .sft-hint{margin:-2px 0 8px}
+.sft-live .sft-badge{border:1px solid ${GREY};border-radius:10px;padding:0 9px;font-size:12px;white-space:nowrap}
+.sft-live .sft-badge[data-state=training]{border-color:${TRAIN};color:${TRAIN}} .sft-live .sft-badge:is([data-state=failed],[data-state=died]){border-color:${ALARM};color:${ALARM}}
+.sft-live .sft-buttons{margin-left:auto;display:flex;flex-wrap:wrap;gap:6px} .sft-live .sft-buttons button:disabled{opacity:.55}
+.sft-live .sft-bar{height:3px;background:rgba(128,128,128,.22);border-radius:2px;margin:0 0 10px;overflow:hidden} .sft-live .sft-bar div{height:100%;background:${TRAIN};border-radius:2px}
+.sft-live .sft-tiles{display:flex;flex-wrap:wrap;gap:4px 14px;margin-bottom:6px;font-variant-numeric:tabular-nums}
+.sft-live .sft-tiles span{display:block;font-size:11px;opacity:.7} .sft-live .sft-tiles b{font-size:clamp(12px,calc((100cqi - var(--tiles)*14px)/(var(--letters)*.62)),17px);font-weight:600;white-space:nowrap}
+.sft-live .sft-chart{position:relative} .sft-live .sft-chart canvas{display:block;width:100%;height:250px}
+.sft-live .sft-under{display:flex;align-items:center;gap:4px 14px;min-height:20px;font-size:12px;margin-bottom:4px} .sft-live .sft-read{margin-left:auto;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-variant-numeric:tabular-nums}
+.sft-live .sft-under label{display:flex;flex:none;align-items:center;gap:6px;opacity:.8} .sft-live .sft-under input{width:84px;accent-color:${TRAIN};padding:0;border:0}
+.sft-live .sft-panels{display:flex;flex-wrap:wrap;gap:4px 16px;margin-bottom:8px} .sft-live .sft-panels div{flex:1 1 170px;min-width:0;font-size:11px} .sft-live .sft-panels span{opacity:.75;font-variant-numeric:tabular-nums} .sft-live .sft-panels canvas{display:block;width:100%;height:44px}
+.sft-live .sft-scores{font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere;margin-top:6px;opacity:.85}
+.sft-live .sft-foot{display:flex;align-items:center;gap:4px 12px;font-size:12px;padding-top:4px}
+.sft-live .sft-gauge{position:relative;flex:none;width:240px;max-width:45%;height:12px;border-radius:3px;background:rgba(128,128,128,.22)}
+.sft-live .sft-gauge>*{position:absolute;top:0;bottom:0;left:0} .sft-live .sft-gauge i{background:${TRAIN};border-radius:3px} .sft-live .sft-gauge i:first-child{opacity:.35}
+.sft-live .sft-gauge.sft-parted i{background:${GREY};border-radius:0;top:8px} .sft-live .sft-parts{right:0;height:8px;display:flex;border-radius:3px 3px 0 0;overflow:hidden} .sft-live .sft-parts span{flex:none}
+.sft-live .sft-gauge .sft-peak{top:-2px;bottom:-2px;width:2px;background:${TRAIN}} .sft-live .sft-gauge.sft-full:not(.sft-parted) i,.sft-live .sft-gauge.sft-full .sft-peak{background:${ALARM}}
+.sft-live .sft-gauge .sft-forecast{top:-1px;bottom:-1px;width:2px;margin-left:-1px;background:#1c2024;box-shadow:0 0 0 1px #fff} .sft-live .sft-forecast::before{content:"";position:absolute;left:-3px;top:-7px;border:4px solid transparent;border-top:6px solid ${GREY};border-bottom:0}
+.sft-live .sft-legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:12px;opacity:.8;margin-top:2px} .sft-live .sft-legend i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
+.sft-live .sft-notice,.sft-live .sft-notes div{border-left:3px solid ${GREY};padding:1px 0 1px 10px;margin:6px 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere} .sft-live :is(.sft-notice,.sft-trouble){border-color:${EVAL}!important} .sft-live .sft-notice.sft-bad{border-color:${ALARM}!important}
+.sft-live .sft-samples{margin-top:6px;font-size:12px} .sft-live .sft-samples summary{cursor:pointer;opacity:.8}
+.sft-live .sft-samples dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 12px;margin:6px 0;border-top:1px solid rgba(128,128,128,.3);padding-top:5px}
+.sft-live .sft-samples dt{opacity:.7} .sft-live .sft-samples dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto}
 `;
 
 const figure = (v) => v == null ? "–" : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
@@ -55,22 +52,6 @@ function smooth(points, share) {
     }
     return weight ? mean / weight : null;
   });
-}
-
-// The range of the loss axis: a spike beyond the 99.5th percentile does not flatten the rest.
-function range(points, smoothed, evals) {
-  const raw = points.map((p) => p[1]).filter((v) => v != null).sort((a, b) => a - b);
-  const other = [...evals.map((e) => e[1]), ...smoothed].filter((v) => v != null);
-  if (!raw.length && !other.length) return [0, 1];
-  let low = raw[0] ?? Infinity, high = raw[raw.length - 1] ?? -Infinity, otherHigh = -Infinity;
-  for (const v of other) { if (v < low) low = v; if (v > otherHigh) otherHigh = v; }
-  high = Math.max(high, otherHigh);
-  if (raw.length >= 50) {
-    const usual = Math.max(raw[Math.floor(0.995 * raw.length) - 1], otherHigh);
-    if (high > usual + 0.5 * (usual - low)) high = usual;
-  }
-  const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 0.5;
-  return [low >= 0 ? Math.max(low - pad, 0) : low - pad, high + pad];
 }
 
 // Indices of at most about `most` points, with the lowest and highest of each bucket and every first gap: what is left out would not change the picture.
@@ -110,7 +91,8 @@ function drawChart(canvas, run, state) {
   const dense = points.length > FEW;
   const smoothed = dense ? smooth(points, state.smoothing) : points.map((p) => p[1]);
   const end = Math.max(Math.min(facts.total_steps || Infinity, Math.ceil(Math.max(last * 1.12, 10))), last, 1);
-  const [low, high] = range(points, smoothed, evals);
+  const [low, high] = lossRange(points.map((p) => p[1]), [...evals.map((e) => e[1]), ...smoothed]);
+  canvas.dataset.plot = [left, top, right, bottom, left + last / end * (right - left)].join(); // the axes, and how far the curve goes
   const fx = (v) => left + v / end * (right - left), fy = (v) => bottom - (Math.min(Math.max(v, low), high) - low) / (high - low) * (bottom - top);
   const text = (s, x, y, align, color, alpha = 1, weight = "") => { c.font = `${weight} 11px ${font}`; c.textAlign = align; c.fillStyle = color; c.globalAlpha = alpha; c.fillText(s, x, y); c.globalAlpha = 1; };
   const line = (x1, y1, x2, y2, alpha, dash = [], color = ink) => { c.strokeStyle = color; c.globalAlpha = alpha; c.lineWidth = 1; c.setLineDash(dash); c.beginPath(); c.moveTo(x1, y1); c.lineTo(x2, y2); c.stroke(); c.setLineDash([]); c.globalAlpha = 1; };
@@ -127,17 +109,18 @@ function drawChart(canvas, run, state) {
   if (dense) key("smoothed", TRAIN, 1, []);
   key("loss of each step", TRAIN, dense ? 0.5 : 1, []);
   if (evals.length) key("evaluation", EVAL, 1, [3, 3], true);
-  let free = left, next = Infinity;
+  const free = [left, left]; // two rows of labels: a run that was paused is resumed at the same step
+  let next = Infinity;
   const apart = new Set(); // checkpoints that are drawn: the last, and those far enough from the next
   for (const m of [...marks].reverse()) if (m.kind === "checkpoint" && fx(m.step) <= next - 9) { apart.add(m); next = fx(m.step); }
-  for (const m of marks) {
+  for (const m of [...marks].sort((a, b) => a.step - b.step)) {
     if (m.kind === "checkpoint" && !apart.has(m)) continue;
     const at = fx(m.step), color = ["failed", "warning", "not finite"].includes(m.kind) ? ALARM : ink;
     if (m.kind === "checkpoint") { c.fillStyle = ink; c.globalAlpha = 0.6; c.beginPath(); c.moveTo(at, bottom - 4); c.lineTo(at + 4, bottom); c.lineTo(at, bottom + 4); c.lineTo(at - 4, bottom); c.fill(); c.globalAlpha = 1; continue; }
     line(at, top, at, bottom, 0.55, [2, 3], color);
     c.font = `11px ${font}`;
-    const wide = c.measureText(m.kind).width, start = Math.min(at + 4, right - wide);
-    if (start >= free) { text(m.kind, start, top + 10, "left", color, 0.85); free = start + wide + 8; }
+    const wide = c.measureText(m.kind).width, start = Math.min(at + 4, right - wide), row = free.findIndex((f) => start >= f);
+    if (row >= 0) { text(m.kind, start, top + 10 + 13 * row, "left", color, 0.85); free[row] = start + wide + 8; }
   }
   const path = (xs, ys, color, w, alpha, dash = []) => {
     c.strokeStyle = color; c.lineWidth = w; c.globalAlpha = alpha; c.lineJoin = "round"; c.setLineDash(dash); c.beginPath();
@@ -192,39 +175,90 @@ function drawPanel(canvas, words, run, [label, column, color]) {
   c.stroke();
 }
 
-function mount(model, el, run) {
-  node("style", "", el, CSS + `.sft-static[data-run="${inSelector(model.get("run_id"))}"]{display:none}`);
-  const root = node("div", "sft-live", el), head = node("div", "sft-head", root);
+const isRunning = (facts) => ["starting", "training", "paused"].includes(facts.state);
+
+function startLive(model, redraw) {
+  const run = { points: [], evals: [], marks: [], samples: [], notes: [], facts: {}, seq: -1, sent: {}, refused: "", draws: 0 };
+  const append = (list, more) => { for (const p of more || []) { while (list.length && list[list.length - 1][0] >= p[0]) list.pop(); list.push(p); } };
+  const take = (m) => {
+    if (m.whole) { Object.assign(run, { points: [], evals: [], seq: -1 }); take(m.whole); return; }
+    if (m.taken !== undefined) { delete run.sent[m.taken]; run.refused = ""; run.facts = { ...run.facts, pending: m.pending }; }
+    else if (m.refused !== undefined) { delete run.sent[m.name]; run.refused = m.refused; }
+    else if (m.seq > run.seq) {
+      run.seq = m.seq; run.facts = m.facts;
+      if (!isRunning(m.facts)) run.sent = {};
+      for (const list of [run.points, run.evals]) while (list.length && list[list.length - 1][0] > m.facts.step) list.pop(); // a resumed run went back
+      append(run.points, m.points); append(run.evals, m.evals);
+      if (run.points.length > 4000) { // a page left open for days keeps no more than it can draw, the extremes of loss and gradient norm among it
+        const kept = new Set([...thin(run.points, 1200), ...thin(run.points.map((p) => [p[0], p[3]]), 800)]);
+        run.points = run.points.filter((_, i) => kept.has(i));
+      }
+      for (const name of ["marks", "samples", "notes"]) if (m[name]) run[name] = m[name];
+    }
+    redraw();
+  };
+  const h = model.get("history");
+  if (h && h.facts) take(h);
+  model.on("msg:custom", take);
+  model.send({ type: "here", seq: run.seq }); // what was sent while this script was loading is sent again
+  const themed = new MutationObserver(redraw);
+  themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
+  run.close = () => themed.disconnect();
+  return run;
+}
+
+function mountLive(model, root, run) {
+  root.classList.add("sft-live");
+  const head = node("div", "sft-head", root);
   node("b", "", head, model.get("title"));
-  const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head);
+  const badge = node("span", "sft-badge", head), name = node("span", "sft-soft", head), buttons = node("span", "sft-buttons", head), hint = node("div", "sft-soft sft-hint", root, model.get("hint") || "");
   const bar = node("div", "", node("div", "sft-bar", root)), tiles = node("div", "sft-tiles", root);
-  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), panels = node("div", "sft-panels", root), foot = node("div", "sft-foot", root);
+  const chart = node("div", "sft-chart", root), canvas = node("canvas", "", chart), under = node("div", "sft-under", root), panels = node("div", "sft-panels", root), foot = node("div", "sft-foot", root), legend = node("div", "sft-legend", root);
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", "loss by optimizer step");
-  const gauge = node("div", "sft-gauge", foot), bars = [node("i", "", gauge), node("i", "", gauge), node("i", "sft-peak", gauge)], parts = node("div", "sft-parts", gauge), tick = node("i", "sft-forecast", gauge), words = node("span", "sft-soft", foot);
+  const gauge = node("div", "sft-gauge", foot), [reserved, used] = [node("i", "", gauge), node("i", "", gauge)], parts = node("div", "sft-parts", gauge), peak = node("div", "sft-peak", gauge), tick = node("div", "sft-forecast", gauge), words = node("span", "sft-soft", foot);
   const label = node("label", "", under, "smoothing"), slider = node("input", "", label), read = node("span", "sft-read", under);
   Object.assign(slider, { type: "range", min: 0, max: 100, value: 35, title: "Weight of the past in the smoothed curve" });
   const small = PANELS.map(([label]) => { const d = node("div", "", panels); return [node("span", "", d, label), node("canvas", "", d)]; });
-  const scores = node("div", "sft-scores", root), notice = node("div", "sft-notice", root), samples = node("details", "sft-samples", root);
+  const scores = node("div", "sft-scores", root), notice = node("div", "sft-notice", root), notes = node("div", "sft-notes", root), samples = node("details", "sft-samples", root);
   samples.open = true;
   const state = { smoothing: 0.025, hover: null, pick: null };
-  let shownSamples = null, frame = 0;
+  let shownSamples = null, shownNotes = null, frame = 0;
 
   function drawButtons() {
-    const at = run.facts.state, running = at === "training" || at === "starting" || at === "paused";
-    const names = running ? model.get("commands").map((n) => n === "pause" && at === "paused" ? "resume" : n) : [];
-    const can = run.facts.enabled || names, want = JSON.stringify([names, run.pressed, can]);
+    const running = isRunning(run.facts), names = running ? model.get("commands").map((n) => n === "pause" && run.facts.state === "paused" ? "resume" : n) : [];
+    const asked = [...(run.facts.pending || []), ...Object.keys(run.sent)], can = run.facts.enabled || names, want = JSON.stringify([names, asked, can]);
+    hint.hidden = !running || !hint.textContent;
     if (buttons.dataset.shown === want) return;
     buttons.dataset.shown = want; buttons.replaceChildren();
     for (const n of names) {
-      const b = node("button", "", buttons, run.pressed[n] ? (n === "stop" ? "stopping …" : "asked …") : COMMANDS[n][0]);
-      b.title = COMMANDS[n][1]; b.dataset.command = n; b.disabled = !!run.pressed[n] || !can.includes(n);
-      b.onclick = () => {
-        run.pressed[n] = "sent"; run.refused = "";
+      const waits = asked.includes(n), b = button(buttons, waits ? (n === "stop" ? "stopping …" : "asked …") : COMMANDS[n][0], COMMANDS[n][1], () => {
+        const mine = run.sent[n] = {}; run.refused = "";
         model.send({ type: "request", name: n });
-        setTimeout(() => { if (run.pressed[n] === "sent") { run.refused = "The kernel has not taken notice yet: this front-end delivers clicks only when no cell runs. Interrupting the cell (■ in the toolbar) stops the run just as safely."; draw(); } }, 4000);
+        setTimeout(() => { if (run.sent[n] === mine) { run.refused = "The kernel has not taken notice yet: this front-end delivers clicks only when no cell runs. Interrupting the cell (■ in the toolbar) stops the run just as safely."; draw(); } }, 4000);
         draw();
-      };
+      });
+      b.dataset.command = n; b.disabled = waits || !can.includes(n);
     }
+  }
+  function drawGauge(g) {
+    foot.hidden = legend.hidden = !g;
+    if (!g) return;
+    const percent = (v) => `${100 * v}%`;
+    words.textContent = g.words;
+    gauge.className = `sft-gauge${g.full ? " sft-full" : ""}${g.parts.length ? " sft-parted" : ""}`;
+    reserved.style.width = percent(g.reserved); used.style.width = percent(g.used); peak.style.left = `calc(${percent(g.peak)} - 2px)`;
+    tick.hidden = !g.forecast; if (g.forecast) tick.style.left = percent(g.forecast[1]);
+    const shown = JSON.stringify([g.parts, g.strip, g.forecast]);
+    if (legend.dataset.shown === shown) return;
+    legend.dataset.shown = shown;
+    parts.replaceChildren(...g.parts.map(([, share, ink]) => { const e = node("span"); e.style.cssText = `width:${percent(share)};background:${ink}`; return e; }));
+    legend.replaceChildren(...[...g.parts, ...g.strip].map((p) => { const e = node("span"); node("i", "", e).style.background = p[p.length - 1]; e.append(p[0]); return e; }));
+    if (g.forecast) node("span", "", legend, `▼ ${g.forecast[0]}`);
+  }
+  function drawNotes() {
+    if (shownNotes === run.notes) return;
+    shownNotes = run.notes;
+    notes.replaceChildren(...run.notes.map(([kind, said]) => { const e = node("div", kind === "note" ? "" : "sft-trouble"); node("b", "", e, kind); e.append(` ${said}`); return e; }));
   }
   function drawSamples() {
     if (shownSamples === run.samples) return;
@@ -246,21 +280,11 @@ function mount(model, el, run) {
     tiles.replaceChildren(...headline.map(([k, v]) => { const d = node("div"); node("span", "", d, k); node("b", "", d, v); return d; }));
     tiles.style.setProperty("--tiles", headline.length); // the figures are as large as fits into one line
     tiles.style.setProperty("--letters", headline.reduce((n, [k, v]) => n + Math.max(v.length, 0.6 * k.length), 1));
-    gauge.hidden = !f.gauge; words.textContent = f.memory_words || "";
-    if (f.gauge) { f.gauge.forEach((v, i) => { bars[i].style[i === 2 ? "left" : "width"] = i === 2 ? `calc(${100 * v}% - 2px)` : `${100 * v}%`; }); gauge.className = f.gauge[2] > 0.92 ? "sft-gauge sft-full" : "sft-gauge"; }
-    const shown = JSON.stringify(f.gauge_parts || []);
-    if (parts.dataset.shown !== shown) {
-      parts.dataset.shown = shown;
-      parts.replaceChildren(...(f.gauge_parts || []).map(([words, share, color]) => { const e = node("span"); e.title = words; e.style.cssText = `width:${100 * share}%;background:${color}`; return e; }));
-    }
-    tick.hidden = !f.gauge_forecast;
-    if (f.gauge_forecast) { tick.title = f.gauge_forecast[0]; tick.style.left = `calc(${100 * f.gauge_forecast[1]}% - 2px)`; }
-    gauge.title = [...(f.gauge_parts || []).map((p) => p[0]), ...(f.gauge_forecast ? [f.gauge_forecast[0]] : [])].join("\n");
-    const said = run.refused || f.error || f.note || "";
+    const said = run.refused || f.error || "";
     notice.hidden = !said; notice.textContent = said; notice.className = f.error && !run.refused ? "sft-notice sft-bad" : "sft-notice";
     label.style.visibility = run.points.length > FEW ? "" : "hidden";
     panels.hidden = !run.points.length; scores.hidden = !f.scores; scores.textContent = f.scores || "";
-    drawButtons(); drawSamples(); drawChart(canvas, run, state); small.forEach(([words, c], i) => drawPanel(c, words, run, PANELS[i]));
+    drawButtons(); drawGauge(f.gauge); drawNotes(); drawSamples(); drawChart(canvas, run, state); small.forEach(([words, c], i) => drawPanel(c, words, run, PANELS[i]));
     if (state.pick) {
       const [[step, loss, lr, norm, rate], smoothed] = state.pick;
       read.textContent = `step ${step.toLocaleString("en")} · loss ${figure(loss)} · smoothed ${figure(smoothed)} · lr ${lr == null ? "–" : lr.toExponential(2)} · grad norm ${figure(norm)} · ${figure(rate && Math.round(rate))} tok/s`;
@@ -271,44 +295,9 @@ function mount(model, el, run) {
   canvas.onpointermove = (e) => { state.hover = e.offsetX; draw(); };
   canvas.onpointerleave = () => { state.hover = null; draw(); };
   slider.oninput = () => { state.smoothing = slider.value === "0" ? 0 : 0.2 * (slider.value / 100) ** 2; draw(); };
-  const resized = new ResizeObserver(draw), themed = new MutationObserver(draw);
-  resized.observe(chart); themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
-  draw();
-  return { draw, close() { resized.disconnect(); themed.disconnect(); cancelAnimationFrame(frame); } };
+  const resized = new ResizeObserver(draw);
+  resized.observe(chart);
+  return { draw, close() { resized.disconnect(); cancelAnimationFrame(frame); } };
 }
 
-export default () => { // one store for all views of this run; `model` is another proxy in each call, so nothing hangs on it
-  const run = { points: [], evals: [], marks: [], samples: [], facts: {}, seq: -1, pressed: {}, refused: "", draws: 0 };
-  const views = new Set();
-  const append = (list, more) => { for (const p of more || []) { while (list.length && list[list.length - 1][0] >= p[0]) list.pop(); list.push(p); } };
-  const take = (m) => {
-    if (m.taken !== undefined) {
-      run.pressed[m.taken] = "taken"; run.refused = "";
-      if (m.taken !== "stop") setTimeout(() => { delete run.pressed[m.taken]; views.forEach((v) => v.draw()); }, 2500);
-    } else if (m.refused !== undefined) { delete run.pressed[m.name]; run.refused = m.refused; }
-    else if (m.seq > run.seq) {
-      run.seq = m.seq; run.facts = m.facts;
-      for (const list of [run.points, run.evals]) while (list.length && list[list.length - 1][0] > m.facts.step) list.pop(); // a resumed run went back
-      append(run.points, m.points); append(run.evals, m.evals);
-      if (run.points.length > 4000) { // a page left open for days keeps no more than it can draw, the extremes of loss and gradient norm among it
-        const kept = new Set([...thin(run.points, 1200), ...thin(run.points.map((p) => [p[0], p[3]]), 800)]);
-        run.points = run.points.filter((_, i) => kept.has(i));
-      }
-      if (m.marks) run.marks = m.marks;
-      if (m.samples) run.samples = m.samples;
-    }
-    views.forEach((v) => v.draw());
-  };
-  return {
-    initialize({ model }) {
-      const h = model.get("history");
-      if (h && h.facts) take(h);
-      model.on("msg:custom", take);
-    },
-    render({ model, el }) {
-      const view = mount(model, el, run);
-      views.add(view);
-      return () => { views.delete(view); view.close(); };
-    },
-  };
-};
+export default panel({ css: LIVE_CSS, start: startLive, mount: mountLive });

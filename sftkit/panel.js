@@ -1,4 +1,4 @@
-// What preview.js, chat.js and compare.js share; Python puts this file between base.js and theirs. A panel is drawn into the page's place for
+// What live.js, preview.js, chat.js and compare.js share; Python puts this file between base.js and theirs. A panel is drawn into the page's place for
 // it, <div class="sft-panel" data-run="ID">, which a saved notebook keeps as an empty element, and hides the static form beside it,
 // <div class="sft-static" data-run="ID">. No widget output is needed for that: the model alone comes to the page, looks for its place, and
 // finds it again after a reload. Where no kernel answers, the static form is what is seen.
@@ -51,7 +51,7 @@ const panel = ({ css, start, mount }) => () => {
       const seen = new MutationObserver(() => { soon ||= setTimeout(() => { soon = 0; place(model); }, 60); });
       seen.observe(document.body, { childList: true, subtree: true });
       place(model);
-      return () => { seen.disconnect(); clearTimeout(soon); places.forEach((p) => p.end()); away.forEach((ref) => ref.deref()?.end()); };
+      return () => { seen.disconnect(); clearTimeout(soon); store.close?.(); places.forEach((p) => p.end()); away.forEach((ref) => ref.deref()?.end()); };
     },
     render({ model, el }) { return open(model, el).end; },
   };

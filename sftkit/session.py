@@ -844,7 +844,9 @@ class Comparison(list):
     def _repr_html_(self)->str:
         from sftkit.view import compare_html
         return compare_html(self)
-    def __repr__(self)->str: return "\n\n".join("\n".join(f"{k:>9}: {v}" for k, v in row.items() if v is not None) for row in self)
+    def __repr__(self)->str:
+        from sftkit.view import compare_text
+        return compare_text(self)
 
 class Scores(dict):
     "Metrics by name; `scores['predictions']` holds prompt, reference and prediction of each row."
@@ -913,15 +915,9 @@ class Compared:
         return pd.DataFrame(rows).T
 
     def plot(self): # plotly.graph_objects.Figure
-        import plotly.graph_objects as go
-        fig = go.Figure(layout=dict(template="plotly_white", xaxis_title="step", yaxis_title="loss (nats per trained token)"))
-        from sftkit.charts import run_ink
-        for i, run in enumerate(self.runs):
-            h, color = run.history, run_ink(i)[0]
-            fig.add_scatter(x=h.step, y=h.loss, mode="lines", name=run.directory.shown, line_color=color)
-            if "eval_loss" in h:
-                fig.add_scatter(x=h.step[h.eval_loss.notna()], y=h.eval_loss.dropna(), mode="markers", name=f"{run.directory.shown} eval", marker_color=color)
-        return fig
+        "The losses of the runs on common axes, of long ones about 2,000 points each."
+        from sftkit.charts import compare_figure
+        return compare_figure({name: r.events for name, r in self._named.items()})
 
     def _ipython_display_(self):
         if not _widgets_work(): raise NotImplementedError # IPython goes on with the static forms

@@ -202,10 +202,18 @@ class NotebookPage:
         return Path(path)
 
 
-def ink(nb):
-    "How many pixels of the chart are the training curve's blue."
-    return nb.page.evaluate("""() => { const c = document.querySelector('.sft-chart canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        let n = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) n++; return n; }""")
+def curve(nb):
+    """The training curve as it is drawn: for each column of pixels between the axis and the last step, how high its blue stands, from 0 to 1 of the plot; None where there is none.
+
+    Legend and figures at the ends are no part of it: they stand outside."""
+    return nb.page.evaluate("""() => { const c = [...document.querySelectorAll('.sft-chart canvas')].at(-1), ratio = c.width / c.clientWidth, [left, top, , bottom, end] = c.dataset.plot.split(',').map((v) => Math.round(v * ratio));
+        const width = end - left, height = bottom - top, d = c.getContext('2d').getImageData(left, top, width, height).data;
+        return [...Array(width)].map((_, x) => { let n = 0, sum = 0;
+            for (let y = 0; y < height; y++) { const i = 4 * (y * width + x); if (d[i + 3] > 200 && d[i + 2] > 180 && d[i] < 110) { n++; sum += y; } }
+            return n ? +(1 - sum / n / height).toFixed(3) : null; }); }""")
+
+
+def drawn(heights): return sum(h is not None for h in heights) / len(heights)      # share of the columns
 
 
 def needed():

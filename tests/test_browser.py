@@ -2,7 +2,8 @@
 import json, time
 import pytest
 import browser
-from browser import ink, lab, notebook, untrusted_copy, write_notebook
+from browser import curve, drawn, lab, notebook, untrusted_copy, write_notebook
+from running import until
 
 browser.needed()
 pytestmark = pytest.mark.xdist_group("browser")        # one server for all of them
@@ -44,9 +45,11 @@ def finished(server):
     write_notebook(server.root/"finished.ipynb", [blocking("finished", 60, 0.01)])
     with notebook(server, "finished.ipynb") as nb:
         nb.run_all()
-        nb.page.wait_for_selector("img[src^='data:image/svg+xml']")
+        said(nb, "✓ finished")
         nb.save()
     return server.root/"finished.ipynb"
+
+def said(nb, badge, seconds=15): nb.page.wait_for_function("t => document.querySelector('.sft-badge')?.textContent === t", arg=badge, timeout=seconds * 1000)
 
 def steps_shown(nb): return int(nb.page.locator(".sft-live").get_attribute("data-step") or 0)
 
@@ -56,21 +59,23 @@ def test_the_view_moves_and_stop_arrives_while_the_cell_runs(server):
     with notebook(server, "stop.ipynb") as nb:
         nb.run_all(wait=False)
         nb.page.wait_for_function("() => +document.querySelector('.sft-live')?.dataset.step > 40", timeout=15_000)
-        first, drawn = steps_shown(nb), ink(nb)
+        first, before = steps_shown(nb), curve(nb)
         nb.page.wait_for_timeout(700)
-        assert steps_shown(nb) > first and drawn > 50
-        assert not nb.page.locator(".sft-static").is_visible() # the static twin waits behind the view
+        after = curve(nb); heights = [h for h in after if h is not None]
+        assert steps_shown(nb) > first and min(drawn(before), drawn(after)) > 0.9 and before != after
+        assert sum(heights[:9]) > 1.5 * sum(heights[-9:]) # it falls, as the made-up loss does
+        assert not nb.page.locator(".sft-static").is_visible() # the static form waits behind the view
         nb.page.locator(".sft-chart canvas").hover(position={"x": 150, "y": 100})
         nb.page.wait_for_function("() => /step \\d+ · loss [\\d.]+ · smoothed/.test(document.querySelector('.sft-read').textContent)")
         clicked = time.monotonic()
         nb.page.locator("button[data-command=stop]").click()
-        nb.page.wait_for_selector("img[src^='data:image/svg+xml']", timeout=5_000)
+        said(nb, "■ stopped", 5)
         assert time.monotonic() - clicked < 3, "the click was held back until the cell ended (ipykernel 7.4 routes it to the busy shell)"
         nb.wait_idle()
-        assert "['stop']" in nb.text(1) and "stopped" in nb.text(0) and nb.page.locator(".sft-live").count() == 0 and nb.errors == []
+        assert "['stop']" in nb.text(1) and "stopped" in nb.text(0) and nb.page.locator(".sft-live").count() == 1 and nb.page.locator(".sft-buttons button").count() == 0 and nb.errors == []
         saved = nb.save()
-    outputs = saved["cells"][0]["outputs"]
-    assert "widget-view" not in json.dumps(outputs) and sum(bool(o["data"]["text/html"]) for o in outputs) == 1 and len(json.dumps(saved)) < 60_000
+    place, static = ("".join(o["data"]["text/html"]) for o in saved["cells"][0]["outputs"])
+    assert "widget-view" not in json.dumps(saved) and "sft-panel" in place and "sft-static" in static and "■ stopped" in static and len(json.dumps(saved)) < 60_000
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_a_saved_notebook_shows_the_run_without_its_kernel(server, finished, trusted):
@@ -99,6 +104,24 @@ def test_a_watched_run_comes_back_after_a_page_reload(server):
         assert nb.page.locator(".sft-buttons button").count() == 0
         assert nb.errors == []
 
+def test_a_page_that_was_closed_gets_the_end_when_it_is_opened_again(server):
+    "The tab is closed in mid-run, the run ends at night; in the morning the view is there with all of it, though the file has what was saved before. Without the kernel, that is what is seen."
+    write_notebook(server.root/"night.ipynb", [START + "w = watch('night', on_request=asked.append); threading.Thread(target=play, args=(Path('night'), 400, 0.02)).start()"])
+    with notebook(server, "night.ipynb") as nb:
+        nb.run_all()
+        nb.page.wait_for_function("() => +document.querySelector('.sft-live')?.dataset.step > 180", timeout=15_000)
+        nb.save()
+    until(lambda: '"finished"' in (server.root/"night"/"events.jsonl").read_text(), 20); time.sleep(2)
+    with notebook(server, "night.ipynb") as nb:
+        said(nb, "✓ finished")
+        assert steps_shown(nb) == int(nb.page.locator(".sft-live").get_attribute("data-points")) == 400 and drawn(curve(nb)) > 0.9
+        assert not nb.page.locator(".sft-static").is_visible() and "▶ training" not in nb.text(0) and nb.errors == []
+    server.end_sessions()
+    with notebook(server, "night.ipynb") as nb:
+        nb.output(0).locator("img[src^='data:image/svg+xml']").first.wait_for()
+        text = nb.text(0)
+        assert "▶ training" in text and "As it was at 2" in text and 'Run.open("night").watch() shows how it went on' in text and "Error displaying widget" not in nb.page.content()
+
 def test_live_js_by_itself(server):
     "Duplicates, a resume and hostile text, in a bare page with a model made here."
     page = server.browser.new_page()
@@ -107,7 +130,7 @@ def test_live_js_by_itself(server):
         result = page.evaluate("""async ([source]) => {
             const module = await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"}))), heard = {}, sent = [];
             const facts = (step, extra) => ({state: "training", step, total_steps: 100, badge: "▶ training", headline: [["step", "<b>x</b>"]], memory_words: "", gauge: null, ...extra});
-            const state = {title: "<img src=x onerror='window.hit=1'>", run_id: "abc", commands: ["stop", "checkpoint"],
+            const state = {title: "<img src=x onerror='window.hit=1'>", run_id: "abc", commands: ["pause", "stop", "checkpoint"], hint: "",
                            history: {seq: 3, points: [[1, 3, null, null, null], [2, 2.5, null, null, null], [3, 2, null, null, null]], evals: [], marks: [], samples: [], facts: facts(3)}};
             const model = {get: (k) => state[k], on: (name, f) => heard[name] = f, send: (m) => sent.push(m)};
             const widget = module.default(), el = document.getElementById("el"), frame = () => new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)));
@@ -119,18 +142,39 @@ def test_live_js_by_itself(server):
             const before = +root.dataset.draws; await frame(); out.burst = [seen(), +root.dataset.draws - before];
             say({seq: 104, points: [[50, null, null, null, null]], evals: [[50, 1.5]], marks: [{step: 50, kind: "<b>", label: "<b>"}], facts: facts(50), samples: [{prompt: "<script>window.hit=1</script>", base: "a", tuned: "b"}]});
             await frame(); out.resumed = seen();
-            el.querySelector("[data-command=stop]").click(); await frame(); out.sent = sent; out.button = el.querySelector("[data-command=stop]").textContent;
-            say({name: "stop", refused: "Nothing is training."}); await frame(); out.refused = el.querySelector(".sft-notice").textContent; out.again = el.querySelector("[data-command=stop]").disabled;
-            say({seq: 104.5, points: [], evals: [], facts: facts(50, {enabled: ["stop"], scores: "<b>bleu</b> 3"})}); await frame();
+            const button = (name) => { const b = el.querySelector(`[data-command=${name}]`); return b && [b.textContent, b.disabled]; }, pressed = (name) => el.querySelector(`[data-command=${name}]`).click(), tell = (extra) => say({seq: seq += 0.001, points: [], evals: [], facts: facts(50, extra)});
+            let seq = 104;
+            pressed("stop"); await frame(); out.button = [button("stop")];
+            say({name: "stop", refused: "Nothing is training."}); await frame(); out.refused = el.querySelector(".sft-notice").textContent; out.button.push(button("stop"));
+            pressed("pause"); say({taken: "pause", pending: ["pause"]}); await frame(); out.button.push(button("pause"));
+            tell({pending: ["pause"]}); await new Promise((f) => setTimeout(f, 2700)); out.button.push(button("pause")); // however long the step takes
+            tell({state: "paused", enabled: ["resume", "stop"], pending: []}); await frame(); out.button.push(button("pause"), button("resume"));
+            pressed("resume"); say({taken: "resume", pending: ["resume"]}); tell({pending: []}); await frame(); out.button.push(button("resume"), button("pause")); // at once, however soon
+            pressed("checkpoint"); tell({state: "finished"}); tell({}); await frame(); out.button.push(button("checkpoint")); // the run ended before anybody took notice
+            out.sent = sent;
+            tell({enabled: ["stop"], scores: "<b>bleu</b> 3"}); await frame();
             out.checkpoint = el.querySelector("[data-command=checkpoint]").disabled; out.stop = el.querySelector("[data-command=stop]").disabled; out.scores = el.querySelector(".sft-scores").textContent;
+            const labels = [], fill = CanvasRenderingContext2D.prototype.fillText; CanvasRenderingContext2D.prototype.fillText = function (s, x, y) { labels.push([s, y]); fill.apply(this, arguments); };
+            say({seq: seq += 0.001, points: [], evals: [], facts: facts(50), marks: [{step: 30, kind: "resumed", label: ""}, {step: 30, kind: "paused", label: ""}], notes: [["warning", "<b>careful</b>"], ["note", "step 5: n"]]}); await frame();
+            out.labels = labels.filter(([s]) => s === "paused" || s === "resumed"); out.notes = [...el.querySelectorAll(".sft-notes div")].map((e) => [e.className, e.textContent]);
+            const gauge = {used: 0.25, reserved: 0.5, peak: 0.75, parts: [["weights 1 B", 0.25, "#3b7dd8"], ["<b>rest</b> 2 B", 0.5, "#d9780a"]], strip: [["in use now", "#7d838c"]], full: false, forecast: ["forecast 2 B", 0.5], words: "<b>gpu</b>"};
+            tell({gauge}); await frame(); const box = el.querySelector(".sft-gauge").getBoundingClientRect(), at = (s) => { const r = el.querySelector(s).getBoundingClientRect(); return [(r.left - box.left) / box.width, (r.right - box.left) / box.width]; };
+            out.legend = [...el.querySelectorAll(".sft-legend span")].map((e) => [e.textContent, e.firstElementChild ? getComputedStyle(e.firstElementChild).backgroundColor : ""]); out.gauge = [at(".sft-gauge i:nth-child(1)")[1], at(".sft-gauge i:nth-child(2)")[1], at(".sft-parts span:last-child")[1], at(".sft-peak")[1], at(".sft-forecast")];
+            out.tick = getComputedStyle(el.querySelector(".sft-forecast")).backgroundColor; out.edge = [root.firstElementChild.getBoundingClientRect().left - root.getBoundingClientRect().left, getComputedStyle(el.querySelector(".sft-hint")).display];
             out.panels = [...el.querySelectorAll(".sft-panels span")].map((e) => e.textContent);
-            say({seq: 105, points: [], evals: [], facts: facts(50, {state: "failed", error: "<i>boom</i>"})}); await frame(); out.buttons = el.querySelectorAll("button").length;
+            say({seq: 105, whole: {seq: 105, points: [[1, 2, null, null, null]], evals: [], marks: [], samples: [{prompt: "<script>window.hit=1</script>"}], notes: [], facts: facts(1)}}); await frame(); out.whole = seen();
+            say({seq: 106, points: [], evals: [], facts: facts(50, {state: "failed", error: "<i>boom</i>"})}); await frame(); out.buttons = el.querySelectorAll("button").length;
             out.tags = [...el.querySelectorAll("script,img,b b,i i")].length; out.hit = window.hit; out.text = root.textContent;
-            close(); return out; }""", ["".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("base", "live"))])
+            close(); return out; }""", ["".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("base", "panel", "live"))])
     finally: page.close()
     assert (result["loaded"], result["duplicate"], result["resumed"]) == (3, 3, 50) and result["burst"][0] == 103 and result["burst"][1] <= 2
-    assert result["sent"] == [{"type": "request", "name": "stop"}] and result["button"] == "stopping …" and result["refused"] == "Nothing is training." and result["again"] is False
+    assert result["sent"] == [{"type": "here", "seq": 3}, *({"type": "request", "name": n} for n in ("stop", "pause", "resume", "checkpoint"))] and result["refused"] == "Nothing is training."
+    assert result["button"] == [["stopping …", True], ["■ Stop and save", False], ["asked …", True], ["asked …", True], None, ["▶ Resume", False], None, ["‖ Pause", False], ["◆ Checkpoint", False]]
     assert result["checkpoint"] is True and result["stop"] is False and result["scores"] == "<b>bleu</b> 3" and [p.rsplit(" ", 1)[0] for p in result["panels"]] == ["learning rate", "gradient norm", "tokens/s"]
+    (_, first), (_, second) = sorted(result["labels"], key=lambda l: l[1]); assert {l[0] for l in result["labels"]} == {"paused", "resumed"} and second - first >= 12 # both are there, below each other
+    assert result["notes"] == [["sft-trouble", "warning <b>careful</b>"], ["", "note step 5: n"]] and result["whole"] == 1
+    assert result["legend"] == [["weights 1 B", "rgb(59, 125, 216)"], ["<b>rest</b> 2 B", "rgb(217, 120, 10)"], ["in use now", "rgb(125, 131, 140)"], ["▼ forecast 2 B", ""]] and result["tick"] not in [ink for _, ink in result["legend"]]
+    assert result["gauge"][:4] == pytest.approx([0.5, 0.25, 0.75, 0.75], abs=0.01) and sum(result["gauge"][4]) / 2 == pytest.approx(0.5, abs=0.01) and result["edge"] == [pytest.approx(3), "none"]
     assert result["buttons"] == 0 and result["tags"] == 0 and result.get("hit") is None and "<script>" in result["text"]
 
 @pytest.mark.parametrize("width", [700, 760, 900])

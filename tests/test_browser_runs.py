@@ -2,7 +2,7 @@
 import json, os, signal
 import pytest
 import browser
-from browser import ink, lab, notebook, untrusted_copy, write_notebook
+from browser import curve, drawn, lab, notebook, untrusted_copy, write_notebook
 from conftest import CHAT
 from sftkit.events import RunDirectory
 from running import until
@@ -11,7 +11,7 @@ from tiny import save_tiny, write_jsonl
 browser.needed()
 pytestmark = pytest.mark.xdist_group("browser")
 
-PICTURE = "img[src^='data:image/svg+xml']"                                          # the static form that a live view leaves
+PICTURE = "img[src^='data:image/svg+xml']"                                          # in the static form, which is seen where no kernel answers
 PLAN = """from sftkit import Session
 plan = Session("m", project={name!r}).data("rows.jsonl", eval=8).options(max_steps={steps}, batch_size=4, gradient_accumulation=1, lr=1e-4, eval_steps=10**6, save_steps=10**6)"""
 
@@ -71,8 +71,8 @@ def test_a_started_run_obeys_its_buttons_and_survives_page_and_kernel(server, ap
         assert run.status()["pid"] == worker
     with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:                         # a new page, a new kernel
         nb.run_cell(2); reach(nb, at + 10)
-        click(nb, "stop")
-        nb.output(2).locator(PICTURE).first.wait_for()
+        click(nb, "stop"); badge(nb, "stopped")
+        assert not nb.output(2).locator(PICTURE).first.is_visible() and nb.output(0).locator(PICTURE).first.is_visible() # the kernel of cell 0 is gone
         nb.save()
         assert app == "notebook" or nb.errors == []                              # Notebook 7 has errors of its own
     until(lambda: run.status()["state"] == "stopped")
@@ -82,7 +82,8 @@ def test_a_started_run_obeys_its_buttons_and_survives_page_and_kernel(server, ap
     for book in (f"{name}.ipynb", f"{name}-copy.ipynb"):
         with notebook(server, book, app=app, height=2400) as nb:                                # without the kernel that made it, trusted and not
             nb.output(2).locator(PICTURE).first.wait_for()
-            assert "stopped" in nb.text(2) and "Error displaying widget" not in nb.text(2)
+            assert "stopped" in nb.text(2) and "training" in nb.text(0) and "As it was at 2" in nb.text(0)               # cell 0 was saved in mid-run
+            assert nb.output(0).locator(PICTURE).first.is_visible() and "Error displaying widget" not in nb.page.content() and nb.page.locator(".sft-live").count() == 0
 
 
 @pytest.mark.parametrize("app", ["lab", "notebook"])
@@ -93,12 +94,11 @@ def test_a_fit_obeys_its_buttons_while_its_cell_is_busy(server, app):
     with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
         nb.run_all(wait=False)
         use_every_button(nb, run)
-        click(nb, "stop")
-        nb.page.locator(PICTURE).first.wait_for(timeout=30_000)
+        click(nb, "stop"); badge(nb, "stopped")
         nb.output(1).get_by_text("stopped").wait_for(timeout=30_000); nb.wait_idle()
-        assert nb.text(1).startswith("stopped ") and nb.page.locator(".sft-live").count() == 0
+        assert nb.text(1).startswith("stopped ") and nb.page.locator(".sft-buttons button").count() == 0
         saved = nb.save()
-    assert len(json.dumps(saved)) < 120_000 and "widget-view" not in json.dumps(saved["cells"][0]["outputs"])
+    assert len(json.dumps(saved)) < 120_000 and "widget-view" not in json.dumps(saved) and "■ stopped" in json.dumps(saved["cells"][0]["outputs"], ensure_ascii=False)
     assert run.checkpoints()[-1][0] == int("".join(saved["cells"][1]["outputs"][0]["text"]).split()[1])
 
 
@@ -107,8 +107,8 @@ def test_the_interrupt_button_stops_a_fit_with_a_checkpoint(server):
     run = RunDirectory(server.root/"interrupted")
     with notebook(server, "interrupt.ipynb") as nb:
         nb.run_cell(0, wait=False); reach(nb, 20)
-        nb.interrupt()
-        nb.page.locator(PICTURE).first.wait_for(timeout=30_000); nb.output(0).get_by_text("then: ").wait_for(timeout=30_000)
+        nb.interrupt(); badge(nb, "interrupted")
+        nb.output(0).get_by_text("then: ").wait_for(timeout=30_000)
         assert "then: interrupted" in nb.text(0) and "Traceback" not in nb.text(0)
     assert run.status()["state"] == "interrupted" and run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")
 
@@ -131,17 +131,17 @@ def test_a_fit_outlives_its_page_and_can_be_taken_up_after_its_kernel(server, ap
         until(lambda: run.status()["state"] == "died")
     server.end_sessions()
     with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
-        nb.run_cell(1); nb.output(1).locator(PICTURE).first.wait_for(timeout=60_000)
+        nb.run_cell(1); badge(nb, "died", 60)
         assert "died" in nb.text(1) and "resume()" in nb.text(1)
         at = last()                                                                                            # of the run that died, which the view shows first
         nb.run_cell(2, wait=False); reach(nb, at + 10, seconds=120)
-        click(nb, "stop"); nb.output(2).locator(PICTURE).first.wait_for(timeout=30_000); nb.wait_idle()
+        click(nb, "stop"); badge(nb, "stopped"); nb.wait_idle()
         nb.save()
     assert run.status()["state"] == "stopped" and [e["step"] for e in run.events() if e["kind"] == "step"] == list(range(1, last() + 1))
     server.end_sessions()
     with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:                                     # without the kernel that made it
         nb.output(2).locator(PICTURE).first.wait_for()
-        assert "stopped" in nb.text(2) and "Error displaying widget" not in nb.text(2)
+        assert "stopped" in nb.text(2) and "training" in nb.text(0) and "died" in nb.text(1) and "Error displaying widget" not in nb.page.content()
 
 
 @pytest.mark.parametrize("verb, app", [("start", "lab"), ("fit", "notebook")])
@@ -156,10 +156,10 @@ run = plan.{verb}(max_steps=500, batch_size=1, gradient_accumulation=1, lr=1e-3,
     with notebook(server, f"{name}.ipynb", app=app, height=2400) as nb:
         nb.run_cell(0, wait=False)
         use_every_button(nb, run, first=2, more=1, seconds=180)
-        at = step(nb); reach(nb, at + 1, seconds=120)
-        assert ink(nb) > 50
-        click(nb, "stop")
-        nb.page.locator(PICTURE).first.wait_for(timeout=120_000)
+        at, before = step(nb), curve(nb); reach(nb, at + 1, seconds=120)
+        after = curve(nb)
+        assert min(drawn(before), drawn(after)) > 0.6 and before != after
+        click(nb, "stop"); badge(nb, "stopped", 120)
         nb.wait_idle(120)
         assert "stopped" in nb.text(0)
     assert run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")

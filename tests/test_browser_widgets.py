@@ -141,7 +141,7 @@ def test_compare_follows_and_toggles(server):
 
 # --- what is left of them
 
-STATIC = {0: ["What is trained", "tokens are trained in these 3 rows", "<script>window.hit=1</script>"], 2: ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"],
+STATIC = {0: ["What is trained", "tokens are trained (51%) in 53 of 54 rows", "<script>window.hit=1</script>"], 2: ["Chat with p", "<b>light</b> on", "tuned", "base", "system: Be short.", "and off"],
           3: ["3 runs compared", "<b>second<", "0.0003", "Where the recipes differ", "✓ finished\t100"]}                     # by cell
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,23 @@ FAKE = """async (source, state, hosts) => {
     return {model, widget, sent, say: (m) => heard["msg:custom"](m), close: widget.initialize({model}), frame: () => new Promise((f) => setTimeout(f, 120))};
 }"""
 def source(name): return "".join((browser.ROOT/"sftkit"/f"{n}.js").read_text() for n in ("base", "panel", name))
+
+def test_the_page_reckons_as_python_does(server):
+    "Ticks, the range of the loss axis, and numbers that stand apart: of random values, ties and halves among them."
+    import random
+    from sftkit.charts import _loss_range, _spread, nice_ticks
+    rnd = random.Random(0)
+    axes = [(0, n, k, whole) for n in (1, 3, 12, 13, 25, 120, 1234, 99_999) for k in (2, 5, 6, 7) for whole in (True, False)] + [(0.5, 0.9, 4, False), (2.25, 2.26, 5, False), (-3, 7, 5, True)]
+    losses = [[rnd.uniform(1, 3) for _ in range(n)] + [None] * (n > 20) + [1e4] * spikes for n in (1, 30, 60, 1000) for spikes in (0, 1)] + [[2.0] * 60, []]
+    ends = [[[rnd.choice((10, 10.5, 20, 21.04)), rnd.choice((100, 105, 400)), str(i)] for i in range(n)] for n in (1, 2, 5, 11, 20)]
+    page = server.browser.new_page()
+    try: ours = page.evaluate("""([source, axes, losses, ends]) => { const {ticks, lossRange, spread} = new Function(source + "; return {ticks, lossRange, spread}")();
+        return [axes.map((a) => ticks(...a)), losses.map((v) => lossRange(v, [])), ends.map((e) => spread(e))]; }""", [(browser.ROOT/"sftkit"/"base.js").read_text(), axes, losses, ends])
+    finally: page.close()
+    ticks, ranges, apart = ours
+    for axis, found in zip(axes, ticks): assert found == pytest.approx(nice_ticks(*axis)), axis
+    for values, found in zip(losses, ranges): assert found == pytest.approx(_loss_range(dict(loss=((), [v for v in values if v is not None])))[:2])
+    for labels, found in zip(ends, apart): assert found == _spread([list(l) for l in labels])
 
 def test_preview_js_by_itself(server):
     page = server.browser.new_page()
@@ -241,6 +258,24 @@ def test_a_place_that_left_the_page_is_drawn_no_more_and_comes_back_as_it_was(se
             place.remove(); await made.frame(); made.close(); document.body.append(place); await made.frame(); // closed while it was away: it must not come back dead, with the static form hidden
             return [drawn, place.childNodes.length]; }""")
         assert out == [1, 0]
+    finally: page.close()
+
+def test_a_live_view_that_left_the_page_is_let_go(server):
+    page = server.browser.new_page()
+    try:
+        page.set_content("<body></body>")
+        out = page.evaluate(f"""async ([source]) => {{
+            const facts = (step) => ({{state: "training", step, total_steps: 9, badge: "▶ training", headline: [], gauge: null}}), history = {{seq: 0, points: [[1, 2, null, null, null]], evals: [], marks: [], samples: [], notes: [], facts: facts(1)}};
+            const made = await ({FAKE})(source, {{run_id: "abc", title: "t", hint: "", commands: [], history}}), {{say, frame}} = made, out = {{}};
+            const add = () => {{ const e = document.createElement("div"); e.className = "sft-panel"; e.dataset.run = "abc"; document.body.append(e); return e; }};
+            let place = add(); await frame(); const live = place.querySelector(".sft-live"); out.first = live.dataset.step;
+            place.remove(); await frame(); say({{seq: 1, points: [], evals: [], facts: facts(2)}}); document.body.className = "dark"; await frame(); out.away = live.dataset.step;
+            document.body.append(place); await frame(); out.back = [live.dataset.step, place.querySelector(".sft-live") === live];
+            document.body.className = ""; const before = +live.dataset.draws; await frame(); out.themed = +live.dataset.draws > before;
+            window.gone = new WeakRef(live); place.remove(); place = null; await frame(); return out; }}""", [source("live")])
+        assert out == {"first": "1", "away": "1", "back": ["2", True], "themed": True}
+        page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+        assert page.evaluate("() => gone.deref() === undefined")
     finally: page.close()
 
 def test_rows_that_could_not_be_had_are_said_in_their_place(server):

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 import pytest
 from made_up_run import made_up_run
-from sftkit import view
+from sftkit import charts, view
 from sftkit.events import replay
 from sftkit.charts import (Average, Progress, Thinned, clip, compare_curves, curve_svg, decimate, gauge_html, history_figure, html_escape, human_bytes, human_number, human_seconds,
                            nice_ticks, series)
@@ -122,6 +122,8 @@ def test_ticks_are_inside_and_even(low, high):
     t = nice_ticks(low, high)
     assert all(low - 1e-9 <= v <= high + 1e-9 for v in t) and len(t) <= 12
     assert len({round(b - a, 12) for a, b in zip(t, t[1:])}) <= 1
+    whole = nice_ticks(low, high, whole=True)
+    assert all(v == int(v) and low - 1e-9 <= v <= high + 1e-9 for v in whole)
 
 def test_series_names_and_values():
     s = series(made_up_run(20))
@@ -190,6 +192,26 @@ def test_what_a_look_costs_does_not_grow_with_the_run():
     assert seconds(60_000) < 2.5 * seconds(4_000)
 
 
+def test_what_went_wrong_stays_said():
+    say = lambda text, level="info", **more: {"kind": "note", "level": level, "text": text, **more}
+    events = made_up_run(60, total=100, state="")
+    events[2:2] = [say("rows were held out", "warning")]
+    events += [{"kind": "oom", "step": 60, "text": "Memory ran out; half a batch from now on."}, *[say(f"note {i}") for i in range(20)], say("note 19"), {"t": 2e9, "kind": "state", "state": "finished", "step": 60}]
+    before, p = Progress(events).marks, Progress(events + [say("Merged model in Merged('out')."), say("Uploaded to https://example.org")])
+    assert [(n["kind"], n["step"], n["text"]) for n in p.notes] == [("warning", None, "rows were held out"), ("out of memory", 60, "Memory ran out; half a batch from now on."), ("note", 60, "note 18"),
+        ("note", 60, "note 19"), ("note", None, "Merged model in Merged('out')."), ("note", None, "Uploaded to https://example.org")]
+    assert p.marks == before and {m["kind"] for m in before} == {"checkpoint", "out of memory", "note"}          # what is said before the first step, or after the end, is no place on the curve
+    for html in (run_html(p), report_html(p, {})):
+        for words in ("rows were held out", "step 60: Memory ran out; half a batch", "step 60: note 19", "Uploaded to"): assert words in Page(html.replace("<!doctype html>", "")).words
+    assert Progress(events[:-2] + [say("The best step is kept.", when="after")]).notes[-1]["step"] is None
+    back = p.add([say("at step 60", step=60), {"kind": "state", "state": "training", "step": 50}])
+    assert "at step 60" not in [n["text"] for n in back.notes] and "out of memory" in [n["kind"] for n in back.notes]
+
+def test_no_time_is_left_after_the_last_step():
+    going = lambda n: Progress(made_up_run(n, total=100, state="") + [{"kind": "doing", "text": "answering 3 prompts"}])
+    assert "time left" in run_text(going(99)) and going(100).facts()["left"] is None and "time left" not in run_text(going(100)) + run_html(going(100))
+
+
 # --- the chart
 
 def odd_runs():
@@ -250,6 +272,28 @@ def test_gauge():
     page = safe(gauge_html(dict(device="NVIDIA <H100>", allocated_bytes=70 * 2**30, reserved_bytes=72 * 2**30, peak_bytes=78 * 2**30, limit_bytes=80 * 2**30)))
     assert "70.0 GiB in use · 72.0 GiB reserved · peak 78.0 GiB of 80.0 GiB (98%) · nearly full" in page.words
     assert gauge_html({}) == "" and safe(gauge_html({"allocated_bytes": 5}))
+
+GIB = 2**30
+def gauge(used=9, reserved=10, peak=12, limit=80, **more): return dict(device="GPU", allocated_bytes=used * GIB, reserved_bytes=reserved * GIB, peak_bytes=peak * GIB, limit_bytes=limit * GIB, **more)
+
+@pytest.mark.parametrize("memory, end", [(gauge(), 15), (gauge(forecast_bytes=20 * GIB), 25), (gauge(reserved=16), 20), (gauge(peak=27), 80), (gauge(forecast_bytes=90 * GIB), 80), (gauge(limit=30), 30)])
+def test_a_gauge_is_legible_far_from_the_limit(memory, end):
+    f = charts.gauge_facts(memory)
+    assert f["peak"] == pytest.approx(memory["peak_bytes"] / GIB / end, abs=1e-4) and f["used"] == pytest.approx(9 / end, abs=1e-4) and (f"the bar ends at {end}.0 GiB" in f["words"]) == (end != memory["limit_bytes"] / GIB)
+    assert f"of {memory['limit_bytes'] / GIB:.1f} GiB (" in f["words"] and f["words"] in safe(gauge_html(memory)).words
+
+def test_a_gauge_says_what_its_colours_are_in_the_words_of_the_forecast():
+    from sftkit.memory import _LABELS
+    memory = gauge(forecast_bytes=11 * GIB, parts=dict(weights=6 * GIB, adapter=GIB, optimizer=2 * GIB, gradients=GIB))
+    html, (svg,) = gauge_html(memory), images(gauge_html(memory))
+    parts = charts.memory_parts(memory)
+    assert [(name, size // GIB) for name, size, _ in parts] == [(_LABELS[n], s) for n, s in dict(weights=6, adapter=1, optimizer=2, gradients=1).items()] + [("activations and rest", 2)]
+    assert charts.memory_parts({**memory, "device": "cpu"})[-1][0] == f"{_LABELS['activations']}, {_LABELS['process']}"
+    for name, size, ink in parts: assert f"{name} {human_bytes(size)}" in safe(html).words and f"background:{ink}" in html and ink in svg # each has an entry, in its colour
+    for name in ("weights", "adapter", "optimizer", "gradients", "activations"): assert f"background:{charts.PART_INKS[name]}" in forecast_html(forecast() | dict(parts={name: GIB}, labels={name: name}))
+    assert "▼ forecast 11.0 GiB" in safe(html).words and "in use now, fainter: reserved" in safe(html).words
+    pointer = [e.get("fill") for e in ET.fromstring(svg).iter() if e.get("width") == "1.6" or e.get("d")]
+    assert len(pointer) == 2 and pointer[0] not in {ink for *_, ink in parts}                                   # it stands in the midst of them: 11 of the 12 GiB that were needed
 
 def test_plan_forms():
     plan = dict(title=EVIL, rows=[("model", "a\nb"), (EVIL, EVIL)], warnings=[EVIL])
@@ -315,8 +359,16 @@ def test_every_token_has_its_box():
 def test_cut_tokens_are_struck_through_and_counted():
     r = row("a b c d", ["a", " b", " c", " d"], trained={1, 2, 3}, limit=2)
     html = preview_html([r], str, stats=dict(rows=600, trained_tokens=3, total_tokens=9, cut_rows=1, lost_rows=["row 4", "row 9"], max_seq_length=2))
-    assert "1 row of 600 is cut at 2 · ⚠ 2 lose everything that would be trained" in safe(html).words and html.count("line-through") == 2 # the stretch and the legend
+    assert "whole data: 3 of 9 tokens are trained (33%) in 598 of 600 rows · 1 row of 600 is cut at 2 · ⚠ 2 rows have no trained token" in safe(html).words and html.count("line-through") == 2 # the stretch and the legend
     assert titles(html)[2:] == ["id 102 · beyond the limit · cut off", "id 103 · beyond the limit · cut off"]
+
+@pytest.mark.parametrize("stats, said", [(None, "2 of 8 tokens are trained in these 2 rows"), (dict(rows=2, trained_tokens=2, total_tokens=8), "whole data: 2 of 8 tokens are trained (25%) in 2 rows"),
+    (dict(rows=1, trained_tokens=1, total_tokens=4, lost_rows=[]), "whole data: 1 of 4 tokens are trained (25%) in 1 row"),
+    (dict(rows=3, trained_tokens=2, total_tokens=8, lost_rows=["row 3"]), "whole data: 2 of 8 tokens are trained (25%) in 2 of 3 rows · ⚠ 1 row has no trained token")])
+def test_the_headline_of_a_preview_makes_one_statement(stats, said):
+    rows = [row("a b c d", ["a", " b", " c", " d"], trained={1})] * 2
+    assert view.preview_headline(rows, stats or {}) == said and f" {said} " in safe(preview_html(rows, str, stats=stats)).words
+    assert view.preview_headline(rows[:1], {}) == "1 of 4 tokens are trained in this row"
 
 def test_an_appended_eos_is_decoded():
     r = row("ab", ["ab"], trained={0}) | dict(input_ids=[100, 2], labels=[-100, 2], roles=["text", "eos"], offsets=[(0, 2), (2, 2)])
@@ -425,6 +477,12 @@ def test_history_figure():
     assert broken.data[0].y[1] is None
     assert history_figure([]) is not None
 
+def test_a_figure_of_several_runs_is_thinned_with_its_extremes():
+    events = made_up_run(10_000); events[5000]["loss"], events[6000]["loss"], EVIL_NAME = 77.0, None, "a\u202e<b>" + "x" * 999
+    fig = charts.compare_figure({EVIL_NAME: events, "b": made_up_run(30)})
+    assert [len(t.x) <= 2000 for t in fig.data] == [True] * 4 and max(v for v in fig.data[0].y if v is not None) == 77.0 and None in fig.data[0].y and len(fig.data[2].x) == 30
+    assert "\u202e" not in fig.data[0].name and len(fig.data[0].name) < 300 and len(fig.to_json()) < 120_000
+
 def test_views_import_nothing_heavy():
     import subprocess
     from running import PYTHON
@@ -495,5 +553,9 @@ def test_hostile_text_in_every_view(text):
         for svg in images(html): ET.fromstring(svg)
     page = Page(report_html(events, {"model": text, "versions": {text: text}}, title=text, preview=preview_html([r], str)).replace("<!doctype html>", ""))
     assert "script" not in page.tags
-    for said in (run_text(events), plan_text(dict(title=text, rows=[(text, text)], warnings=[text])), preview_text([r], str, text)):
-        assert not set(said) & set("\x00\x1b\u202e\u2066\u200f\ud800")
+    from sftkit.session import Comparison
+    many = Comparison(rows * 100)
+    for said in (run_text(events), plan_text(dict(title=text, rows=[(text, text)], warnings=[text])), preview_text([r], str, text), repr(many), view.compare_text(rows)):
+        assert not set(said) & set("\x00\x1b\u202e\u2066\u200f\ud800") and len(said) < 400_000
+    assert "50 more rows" in repr(many) and "50 more rows" in many._repr_html_() and all(re.match(r" *(prompt|reference|base|tuned): | {11}|✓|$", line) for line in repr(many).splitlines())
+    assert view.compare_text([dict(prompt="a\n    tuned: b")]) == "   prompt: a\n" + " " * 15 + "tuned: b"

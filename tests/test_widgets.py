@@ -70,6 +70,19 @@ def test_buttons_only_where_clicks_arrive(nowhere):
     nowhere.setenv("VSCODE_PID", "7"); assert not clicks_arrive() and clicks_arrive(blocking=False) and make_renderer(on_request=ask).on_request is None
     nowhere.delenv("VSCODE_PID"); nowhere.setattr(Kernel, "_supports_kernel_subshells", False); assert not clicks_arrive() # ipykernel 6
 
+def test_where_no_button_works_a_line_says_how_to_stop(nowhere):
+    ask = lambda name: None
+    nowhere.setattr(widgets, "_shell", Shell); nowhere.setenv("JPY_SESSION_NAME", "x")
+    assert make_renderer(None, "run", ask).more["hint"] == "" and make_renderer(None, "run").more["hint"] == ""                     # buttons; nothing that listens
+    nowhere.setattr(Kernel, "_supports_kernel_subshells", False); fit, start = make_renderer(None, "run", ask, project="my runs/run"), make_renderer(None, "run", ask, blocking=False)
+    words = "Interrupt the cell (■) to stop: the step is finished, a checkpoint written. Elsewhere: sftkit stop 'my runs/run', or Run.open(\"my runs/run\").stop()."
+    assert fit.more["hint"] == words and fit.on_request is None and start.more["hint"] == "" and start.on_request is ask
+    nowhere.setattr(Kernel, "_supports_kernel_subshells", True); nowhere.setenv("VSCODE_PID", "7"); assert make_renderer(None, "run", ask).more["hint"].startswith("Interrupt the cell")
+    html = make_renderer("html", "run", ask, project="my runs/run"); assert html.hint == words
+    assert make_renderer("html", "run", ask, blocking=False).hint == "To stop: sftkit stop run, or Run.open(\"run\").stop(); the step is finished, a checkpoint written." and make_renderer("html", "run").hint == ""
+    going, ended = (widgets._bundle(Progress(made_up_run(5, state=s)), "run", hint=words)["text/html"] for s in ("", "finished"))
+    assert "Interrupt the cell (■)" in going and "Interrupt the cell" not in ended
+
 
 # --- the widget
 
@@ -105,13 +118,13 @@ def test_hostile_text_is_made_visible_on_the_way(sent):
 def test_a_click_only_asks(sent):
     asked = []; v = LiveView("run", on_request=asked.append)
     for content in ({"type": "request", "name": "stop"}, {"type": "request", "name": "rm -rf"}, {"type": "other"}, "junk", {"type": "request"}): v._asked(v, content, [])
-    assert asked == ["stop"] and sent == [{"taken": "stop"}] and v.commands == ["pause", "stop", "checkpoint", "evaluate"]
+    assert asked == ["stop"] and sent == [{"taken": "stop", "pending": ["stop"]}] and v.commands == ["pause", "stop", "checkpoint", "evaluate"]
     v.close()
 
 def test_a_refused_request_is_said(sent):
     def refuse(name): raise RunError("Nothing is training here.")
     v = LiveView("run", on_request=refuse); v._asked(v, {"type": "request", "name": "stop"}, [])
-    assert sent == [{"name": "stop", "refused": "Nothing is training here."}]; v.close()
+    assert sent == [{"name": "stop", "refused": "Nothing is training here."}] and v._facts()["pending"] == []; v.close()
 
 def test_no_callback_no_buttons(): v = LiveView("run"); assert v.commands == []; v.close()
 
@@ -121,10 +134,32 @@ def test_closing_leaves_no_models():
     LiveView("run", progress=Progress(made_up_run(5))).close()
     assert set(ipywidgets.widgets.widget._instances) == before
 
-def test_a_reload_is_noticed(sent):
-    v = LiveView("run"); assert v.page_reloads == 0
-    v.get_state("title"); assert v.page_reloads == 0
-    v.get_state(); assert v.page_reloads == 1; v.close()
+def test_a_page_gets_what_was_sent_while_its_script_was_loading(sent):
+    v = LiveView("run", progress=Progress(made_up_run(5))); assert not v.seen
+    v.push([]); v.push([]); sent.clear()
+    v._asked(v, {"type": "here", "seq": 2}, []); assert v.seen and sent == []
+    for seq in (1, None, "x"): v._asked(v, {"type": "here", "seq": seq}, [])
+    assert len(sent) == 3 and all(m["whole"]["seq"] == 2 and len(m["whole"]["points"]) == 5 for m in sent); v.close()
+
+CLICKED = 1_760_000_000.0
+def event(kind, later=0.0, **fields): return {"t": CLICKED + later, "kind": kind, **fields}
+
+@pytest.mark.parametrize("asked, events, pending", [
+    ("pause", [event("step", 1, step=2)], True), ("pause", [event("step", 1, step=2), event("state", 1, state="paused", step=2)], False), ("pause", [event("state", 1, state="paused", step=1)], False),
+    ("pause", [event("state", 1, state="paused", step=2), event("state", 1, state="training", step=2)], False),                     # gone on with elsewhere, before anybody looked
+    ("pause", [event("step", 1, step=2), event("step", 2, step=3)], False),                                                     # withdrawn elsewhere
+    ("resume", [event("state", 1, state="training", step=2)], False), ("resume", [event("note", text="x")], True),
+    ("checkpoint", [event("checkpoint", 1, step=1)], True),                                                                  # one that was being written when it was asked for
+    ("checkpoint", [event("step", -1, step=1), event("checkpoint", 1, step=1)], True), ("checkpoint", [event("step", 1, step=2), event("eval", 9, step=2, loss=1.0)], True),
+    ("checkpoint", [event("step", 1, step=2), event("checkpoint", 9, step=2)], False), ("evaluate", [event("step", 1, step=2), event("eval", 99, step=2, loss=1.0)], False),
+    ("stop", [event("step", 1, step=2), event("step", 2, step=3), event("checkpoint", 3, step=3)], True), ("stop", [event("state", 1, state="stopped", step=2)], False), ("evaluate", [event("state", 1, state="failed")], False)])
+def test_a_button_waits_for_what_the_run_does(sent, asked, events, pending):
+    p = Progress([event("state", -2, state="training", step=0), event("step", -1, step=1, loss=1.0)]); v = LiveView("run", on_request=lambda name: None, progress=p)
+    v._asked(v, {"type": "request", "name": asked}, [])
+    assert sent == [{"taken": asked, "pending": [asked]}] and v.get_state("history")["history"]["facts"]["pending"] == [asked]       # also for a page that is opened now
+    v._pending[asked][0] = CLICKED
+    for e in events: p.add([e]); v.push([e])
+    assert sent[-1]["facts"]["pending"] == [asked] * pending; v.close()
 
 def push_seconds(steps, marks=0):
     "CPU time of the cheapest of some pushes of one new step each, in a run with so much behind it."
@@ -170,7 +205,7 @@ def test_half_a_line_waits(tmp_path):
 def test_line_separators_inside_text_do_not_split_events(tmp_path):
     run, r = tmp_path/"run", Recorder(); run.mkdir()
     with live(run, renderer=r): (run/"events.jsonl").write_text(json.dumps({"kind": "note", "level": "info", "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert r.last["note"] == "a\u2028b\x85c"
+    assert r.last["notes"] == [dict(kind="note", step=None, text="a\u2028b\x85c")]
 
 def test_an_error_passes_through_and_is_shown(tmp_path):
     r = Recorder()
@@ -197,7 +232,7 @@ def test_a_broken_renderer_never_breaks_training(tmp_path, caplog, where):
     setattr(r, where, fail)
     with caplog.at_level(logging.WARNING, "sftkit"), live(tmp_path/"run", renderer=r):
         write(tmp_path/"run", made_up_run(20), pause=0.004); trained = True
-    assert trained and [m.message for m in caplog.records] == [f"The view of {tmp_path/'run'} stopped: OSError: no terminal. The run is not affected."] and view_threads() == []
+    assert trained and [m.message for m in caplog.records] == ["The view of `run` stopped: OSError: no terminal. The run is not affected."] and view_threads() == []
 
 def test_watch_follows_to_the_end(tmp_path):
     run, r = tmp_path/"run", Recorder()
@@ -327,20 +362,53 @@ def test_a_run_notebook_keeps_the_static_form_only(tmp_path, renderer, steps, mo
     assert len(shown) == 1 and f"step</span> <b" in shown[0]["text/html"] and shown[0]["text/plain"].startswith(f"finished · step {steps:,} ") and "data:image/svg+xml" in shown[0]["text/html"]
 
 
-@pytest.mark.parametrize("place, asked, stays", [("x.ipynb", False, True), ("x.ipynb", True, True), ("", False, False)])
-def test_a_view_can_be_asked_for_after_the_end(nowhere, place, asked, stays):
-    "A page that was reloaded while the cell was busy gets its answer when the cell has ended; without a page there is nobody to wait for."
+@pytest.fixture
+def outputs(nowhere):
+    "What cells would hold: each output as it was last."
     import IPython.display
-    nowhere.setattr(IPython.display, "display", lambda *args, **kw: type("Handle", (), {"update": lambda self, *args, **kw: None})())
-    if place: nowhere.setenv("JPY_SESSION_NAME", place)
-    r, p = WidgetRenderer("run"), Progress(made_up_run(20))
-    r.linger_seconds = 0.3
-    r.start(p); r.finish(p)
-    assert (r.view.comm is not None) == stays
-    if asked: assert r.view.get_state()["history"]["facts"]["state"] == "finished"
-    time.sleep(0.6)
-    assert (r.view.comm is not None) == asked
-    r.view.close()
+    shown = []
+    class Handle:
+        def __init__(self, data): self.at = len(shown); shown.append(data)
+        def update(self, data, raw): shown[self.at] = data
+    nowhere.setattr(IPython.display, "display", lambda data, **kw: Handle(data))
+    return shown
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+@pytest.mark.parametrize("env, output, stays", [({"JPY_SESSION_NAME": "x.ipynb"}, False, True), ({}, False, False), ({"VSCODE_PID": "7", "JPY_SESSION_NAME": "x.ipynb"}, True, False)])
+def test_what_a_live_view_leaves(outputs, nowhere, env, output, stays):
+    "A page gets the view whenever it is opened, as long as the kernel lives; no output needs a model to be read. Without a page, or where a widget output had to be made, the static form alone is left."
+    for k, v in env.items(): nowhere.setenv(k, v)
+    r, p, threads = WidgetRenderer("run", follow="Run.open(\"run\").watch()"), Progress(made_up_run(20, state="")), threading.active_count()
+    r.start(p); view, (place, twin) = r.view, outputs
+    assert (WIDGET in place) == output and ("sft-panel" in place["text/html"]) != output and WIDGET not in twin and place["text/plain"] == ""
+    assert "▶ training" in twin["text/html"] and "As it was at 2" in twin["text/html"] and "Run.open(&quot;run&quot;).watch() shows how it went on." in twin["text/html"] # what a reader of the file needs
+    p.add([{"t": 2e9, "kind": "state", "state": "finished", "step": 20}]); r.push([], p); r.finish(p)
+    place, twin = outputs
+    assert "✓ finished" in twin["text/html"] and "As it was" not in twin["text/html"] and twin["text/plain"].startswith("finished") and WIDGET not in {**place, **twin}
+    assert (view.comm is not None, "sft-panel" in place["text/html"], "sft-static" in twin["text/html"]) == (stays,) * 3 and threading.active_count() == threads # no timer closes it
+    if stays: assert view.get_state()["history"]["facts"]["state"] == "finished" and view.static() == {k: twin[k].replace(f'<div class="sft-static" data-run="{view.run_id}">', "")[:len(view.static()[k])] for k in twin} and view._progress is None
+    view.close()
+
+def test_views_of_ended_runs_are_bounded(outputs, nowhere):
+    nowhere.setenv("JPY_SESSION_NAME", "x.ipynb"); nowhere.setattr(WidgetRenderer, "most", 3); nowhere.setattr(WidgetRenderer, "_ended", type(WidgetRenderer._ended)())
+    views = []
+    for i in range(5):
+        r, p = WidgetRenderer("run"), Progress(made_up_run(5)); r.start(p); r.finish(p); views.append(r.view)
+    assert [v.comm is not None for v in views] == [False] * 2 + [True] * 3
+    for v in views: v.close()
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_how_often_the_static_form_is_refreshed(outputs, nowhere, seen):
+    nowhere.setenv("JPY_SESSION_NAME", "x.ipynb"); now = [0.0]; nowhere.setattr(widgets.time, "monotonic", lambda: now[0])
+    r, p, refreshed = WidgetRenderer("run"), Progress(made_up_run(5, state="")), []
+    r.start(p); nowhere.setattr(LiveView, "refresh", lambda self: refreshed.append(now[0]))
+    if seen: r.view._asked(r.view, {"type": "here", "seq": 0}, [])
+    for i in range(1000): now[0] += 0.1; r.push([], p)
+    between = [b - a for a, b in zip(refreshed, refreshed[1:])]
+    assert 1.9 < refreshed[0] < 2.2 and max(between) < (10.2 if seen else 2.2) and (min(between[-2:]) > 9.9 if seen else len(between) > 40)
+    refreshed.clear(); r.push([], p); p.add([{"kind": "state", "state": "paused", "step": 5}]); r.push([], p); r.push([], p)
+    assert len(refreshed) == 1; r.view.close()
 
 
 # --- nothing but the view
@@ -389,6 +457,13 @@ def test_no_page_gets_more_than_it_can_draw_and_the_extremes_stay(sent):
     for points in (h["points"], sent[0]["points"]):
         assert len(points) <= 2000 and max(q[3] for q in points) == 99.0 and max(q[1] for q in points) == 77.0 and max(q[4] for q in points) > 1e6
     assert len(h["evals"]) <= 2000 and len(h["marks"]) <= 2000; v.close()
+
+def test_notes_reach_the_page_once_and_trouble_stays(sent):
+    p = Progress(made_up_run(9, state="")); v = LiveView("run", progress=p); v.push([])
+    events = [{"kind": "oom", "step": 9, "text": "Memory ran out; half a batch.\u202e"}, *({"kind": "note", "level": "info", "text": f"n{i}"} for i in range(9)), {"kind": "eval", "step": 9, "loss": 1.0}]
+    for e in events: p.add([e]); v.push([e])
+    assert ["notes" in m for m in sent] == [False] + [True] * 10 + [False] and sent[-2]["notes"] == [["out of memory", "step 9: Memory ran out; half a batch.⟨U+202E⟩"], *(["note", f"step 9: n{i}"] for i in range(4, 9))]
+    assert v.get_state("history")["history"]["notes"] == sent[-2]["notes"]; v.close()
 
 def test_scores_reach_the_page():
     p = Progress([{"kind": "step", "step": 1, "loss": 2.0, "ce": 2.0, "kl": 0.5}, {"kind": "step", "step": 2, "loss": 1.0, "ce": 1.0, "kl": 0.25}, {"kind": "eval", "step": 2, "loss": 1.5, "bleu": 12.5, "a\u202eb": 1.0}])
@@ -684,15 +759,15 @@ def test_a_line_that_cannot_be_read_ends_the_view_and_is_said_in_it(tmp_path, ca
         with open(run/"events.jsonl", "a") as f: f.write(BAD)
         w.join(5)
     lines = (run/"events.jsonl").read_text().count("\n")
-    assert not w.is_alive() and r.calls[-1] == "finish" and r.last["step"] == 30 and f"Line {lines} of" in r.last["note"] and view_threads() == []
+    assert not w.is_alive() and r.calls[-1] == "finish" and r.last["step"] == 30 and f"Line {lines} of" in r.last["notes"][0]["text"] and view_threads() == []
     assert len(caplog.records) == 1 and f"Line {lines} of" in caplog.records[0].message
-    r = Recorder(); watch(run, renderer=r).join(5); assert r.calls == ["start", "finish"] and f"Line {lines} of" in r.last["note"] # opened when it was bad already
+    r = Recorder(); watch(run, renderer=r).join(5); assert r.calls == ["start", "finish"] and f"Line {lines} of" in r.last["notes"][0]["text"] # opened when it was bad already
 
 def test_a_line_that_cannot_be_read_does_not_hide_what_ended_the_run(tmp_path):
     run, r = tmp_path/"run", Recorder(); write(run, made_up_run(3, state=""))
     with pytest.raises(ValueError, match="bad row"):
         with live(run, renderer=r), open(run/"events.jsonl", "a") as f: f.write(BAD); f.flush(); time.sleep(0.1); raise ValueError("bad row")
-    assert (r.last["state"], r.last["error"]) == ("failed", "ValueError: bad row") and "Line" in r.last["note"] and view_threads() == []
+    assert (r.last["state"], r.last["error"]) == ("failed", "ValueError: bad row") and "Line" in r.last["notes"][0]["text"] and view_threads() == []
     with live(run, renderer=Recorder()): trained = True
     assert trained
 
@@ -701,7 +776,7 @@ def test_a_status_that_cannot_be_read_ends_the_view(tmp_path):
     w = Publisher(run, r, until_end=True)
     def unreadable(): raise RunError("Line 1 of the file is no event")
     w.directory.status = unreadable; w._quiet_since -= 10; w.start(); w.join(5)
-    assert not w.is_alive() and "no event" in r.last["note"] and r.calls[-1] == "finish"
+    assert not w.is_alive() and "no event" in r.last["notes"][0]["text"] and r.calls[-1] == "finish"
 
 def test_a_view_that_fails_does_not_stop_the_chat(told, caplog):
     class Broken:
