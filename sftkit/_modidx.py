@@ -1051,5 +1051,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sftkit.widgets.clicks_arrive': ('widgets.html#clicks_arrive', 'sftkit/widgets.py'),
                                 'sftkit.widgets.live': ('widgets.html#live', 'sftkit/widgets.py'),
                                 'sftkit.widgets.make_renderer': ('widgets.html#make_renderer', 'sftkit/widgets.py'),
+                                'sftkit.widgets.show_end': ('widgets.html#show_end', 'sftkit/widgets.py'),
                                 'sftkit.widgets.stop_words': ('widgets.html#stop_words', 'sftkit/widgets.py'),
                                 'sftkit.widgets.watch': ('widgets.html#watch', 'sftkit/widgets.py')}}}

@@ -726,6 +726,7 @@ class Run:
             if time.monotonic() > end:
                 raise TimeoutError(f"`{self.directory.shown}` is still {last['state']} after {timeout:g} seconds. It goes on; run.wait() waits for its end.")
             time.sleep(0.1)
+        if widgets := sys.modules.get("sftkit.widgets"): widgets.show_end(self.path)         # before the next cell begins
         if last.get("state") in ("failed", "died"): raise RunError(f"The run in `{self.directory.shown}` {last['state']}. {last.get('error') or ''}".strip())
         return self
 

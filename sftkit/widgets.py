@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['choose_renderer', 'Panel', 'clicks_arrive', 'stop_words', 'LiveView', 'WidgetRenderer', 'HtmlRenderer',
-           'TerminalRenderer', 'make_renderer', 'Allowance', 'Publisher', 'live', 'watch', 'PreviewView', 'Chat',
-           'ChatView', 'CompareView']
+           'TerminalRenderer', 'make_renderer', 'Allowance', 'Publisher', 'live', 'watch', 'show_end', 'PreviewView',
+           'Chat', 'ChatView', 'CompareView']
 
 # %% ../nbs/15_widgets.ipynb #61f133b4
 import bisect, collections, contextlib, importlib.resources, logging, math, os, shlex, sys, threading, time, uuid
@@ -537,6 +537,15 @@ def watch(
     return publisher
 
 _followed = {} # path of a run -> the Publisher that shows it in this terminal
+
+def show_end(
+    run_path, # a run that has ended
+    seconds:float=5, # at most
+):
+    "Wait until the views that `watch` opened in this process have shown how a run ended."
+    path = Path(run_path).absolute()
+    for view in threading.enumerate():
+        if isinstance(view, Publisher) and view.until_end and view.directory.path == path: view.join(seconds)
 
 # %% ../nbs/15_widgets.ipynb #2c95e8f6
 class PreviewView(Panel):

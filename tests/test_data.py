@@ -361,6 +361,14 @@ def test_roles_name_every_token():
     assert words["system"] == TALK[0]["content"] and words["user"] == TALK[1]["content"] + TALK[3]["content"]
     assert words["assistant"] == trained_text(tok, out) == TALK[2]["content"] + "<|im_end|>" + TALK[4]["content"] + "<|im_end|>"
 
+def test_a_token_of_the_template_s_space_and_a_word_has_the_role_of_the_word():
+    tok = tiny_tokenizer(extra=MARKERS)
+    talk = [{"role": "user", "content": "the light is on"}, {"role": "assistant", "content": "the light is off"}]
+    out = encoder_for(tok, {"messages": talk}, "llama")({"messages": talk})
+    said = [(tok.convert_ids_to_tokens(int(i)), role) for i, role in zip(out["input_ids"], out["roles"])]
+    assert [role for token, role in said if token == "Ġlight"] == ["user", "assistant"] and [role for token, role in said if token.endswith("the")] == ["user", "assistant"]
+    assert {role for token, role in said if token in "[INST]/"} == {"template"}
+
 def test_a_token_that_straddles_the_boundary_is_cut():
     "Byte-level BPE merges line breaks; tokenised whole, the first token of the answer would begin in the prompt."
     tok = tiny_tokenizer(extra=MARKERS)

@@ -817,3 +817,21 @@ def test_a_view_follows_its_run_when_the_working_folder_changes(tmp_path, monkey
         monkeypatch.chdir(tmp_path/"elsewhere")
         write(tmp_path/"run", made_up_run(20), pause=0.001)
     assert r.last["state"] == "finished" and [e["step"] for e in r.events if e["kind"] == "step"] == list(range(1, 21))
+
+
+def test_waiting_for_a_run_waits_for_its_view(tmp_path):
+    "A notebook drops what a view sends after its cell: the end is shown before `wait` returns."
+    from sftkit import Run
+    from sftkit.events import EventLog, this_process
+    from sftkit.recipe import Recipe
+    Recipe(model="m", data_path="d", project_name=str(tmp_path/"run")).to_yaml((tmp_path/"run").mkdir() or tmp_path/"run"/"recipe.yaml")
+    log = EventLog(tmp_path/"run"/"events.jsonl"); log.append("state", state="training", **this_process())
+    class Slow:
+        interval, shown = 0.5, []
+        def start(self, progress): pass
+        def push(self, events, progress): self.shown += [e.get("state") for e in events]
+        def finish(self, progress, error=None): time.sleep(0.3); self.shown.append("end")
+    widgets.watch(tmp_path/"run", Slow())
+    log.append("state", state="finished"); log.close()
+    Run.open(tmp_path/"run").wait(10)
+    assert Slow.shown[-1] == "end"
