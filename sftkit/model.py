@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from .events import RunDirectory
 from .recipe import ModelError, Recipe, RunError, SftkitError, did_you_mean, first_line, hub_access, recipe_fields
 
@@ -393,6 +394,29 @@ def _token_rows(model, new_ids, saved):
                          f"`modules_to_save=\"{names[id(embedding)]},{names[id(head)]}\"`.")
     return {names[id(m)]: new_ids for m in (embedding, head) if id(m) not in whole and (m is embedding or (m is not None and not _tied(model)))} or None
 
+class _InFormat:
+    "Mixed into the class of a layer that is trained in full under a base in another format: its weights are fp32, and it computes as the base does."
+    def forward(self, *args, **kwargs):
+        device = next(self.parameters()).device.type
+        with contextlib.nullcontext() if device == "meta" else torch.autocast(device, self._compute_format): out = super().forward(*args, **kwargs)
+        return tree_map(lambda t: t.to(self._compute_format) if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t, out)
+
+@functools.cache
+def _computing_in(cls, dtype): return type(cls.__name__, (_InFormat, cls), dict(__module__=cls.__module__, _compute_format=dtype))
+
+def _hold_saved_in_fp32(
+    adapted, # PeftModel, changed in place
+    stored=None, # name -> tensor of an adapter, whose numbers the layers then have as they are stored
+):
+    "Raise layers that are trained in full to fp32, as peft does with LoRA's matrices: bf16 loses their updates, and a scaler refuses them in fp16."
+    from peft.utils import ModulesToSaveWrapper
+    for name, wrapper in adapted.named_modules():
+        for layer in wrapper.modules_to_save.values() if isinstance(wrapper, ModulesToSaveWrapper) else ():
+            lower = next((p.dtype for p in layer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+            if lower is None: continue
+            layer.float().__class__ = _computing_in(type(layer), lower)
+            if stored: layer.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
 @contextlib.contextmanager
 def _quiet_peft():
     "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load."
@@ -406,7 +430,7 @@ def add_lora(
     r:Recipe, # its LoRA fields are read
     new_ids:list=(), # ids of new tokens, whose rows are trained beside the adapter
 ): # PeftModel
-    """Put a LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) on the model: W x + (alpha / r) B A x, with A and B in fp32.
+    """Put a LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) on the model: W x + (alpha / r) B A x. All that is trained is held in fp32.
 
     Raises `ModelError` for a target that matches no layer."""
     from peft import LoraConfig, get_peft_model
@@ -419,6 +443,7 @@ def add_lora(
                         modules_to_save=saved, trainable_token_indices=_token_rows(model, list(new_ids), saved),
                         fan_in_fan_out=not r.quantization and any(isinstance(m, Conv1D) for m in model.modules()))
     with _quiet_peft(): adapted = get_peft_model(model, config)
+    _hold_saved_in_fp32(adapted)
     if r.init_lora_weights == "loftq": absorb_quantization_error(adapted, r.model, r.trust_remote_code)
     return adapted
 
@@ -597,8 +622,11 @@ def check_continues(
 
 def _load_adapter(model, folder):
     from peft import PeftModel
+    from peft.utils import load_peft_weights
     model.config.use_cache = False
-    with _quiet_peft(): return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with _quiet_peft(): adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if _adapter_config(folder).get("modules_to_save"): _hold_saved_in_fp32(adapted, load_peft_weights(folder, device="cpu"))
+    return adapted
 
 # %% ../nbs/05_model.ipynb #c259efd7
 def unsloth_obstacle(
