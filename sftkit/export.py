@@ -7,7 +7,7 @@ __all__ = ['new_folder', 'Merged', 'merge', 'result_files', 'portable', 'public_
            'model_card', 'save', 'without_paths', 'UploadError', 'retry', 'open_repository', 'upload']
 
 # %% ../nbs/12_export.ipynb #8bf5e05b
-import contextlib, json, math, os, re, shutil, tempfile, time
+import contextlib, functools, json, math, os, re, shutil, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from .events import RunDirectory, short_path, flush_folder
@@ -42,7 +42,7 @@ class Merged:
     "A merged model, and how far its logits are from those of the model with its adapter."
     path: Path
     dtype: str                               # of the weights, that of the base
-    max_difference: float                    # largest absolute difference of a logit to the full-precision base with the adapter
+    max_difference: float                    # largest absolute difference of a logit to the full-precision, or unpacked, base with the adapter
     trained_difference: float|None           # likewise to the quantised base with the adapter, as it was trained; None if it wasn't quantised
     positions: int                           # tokens compared
 
@@ -75,8 +75,8 @@ def merge(
 )->Merged:
     """Merge an adapter into its full-precision base, write the whole model with tokenizer and chat template, load it again and compare.
 
-    Raises `RunError` if there is no adapter or `out` holds something."""
-    from sftkit.model import load_base, load_trained, save_model
+    A base that comes quantised is dequantised for it. Raises `RunError` if that cannot be done, if there is no adapter, or `out` holds something."""
+    from sftkit.model import adapter_base, load_base, load_configuration, load_trained, save_model, stored_quantization, unmergeable
     folder, out, examples = Path(folder), Path(out), [list(ids) for ids in examples if len(ids)]
     if not examples:
         raise RunError("There is nothing to compare the merged model on: `examples` is empty. Give the token ids of a row or more, e.g. "
@@ -84,8 +84,15 @@ def merge(
     if not (folder/"adapter_config.json").exists():
         whole = (folder/"config.json").exists()
         raise RunError(f"`{folder}` holds no adapter" + (": it is already a whole model." if whole else " and no model. Train it first."))
+    base = base or adapter_base(folder)
+    config = load_configuration(base, trust_remote_code)
+    if why := unmergeable(base, config): raise RunError(f"{why} The adapter itself works on it as it is.")
+    load = functools.partial(load_trained, folder, "auto", device, trust_remote_code=trust_remote_code, base=base)
     with new_folder(out) as aside:
-        model, tokenizer = load_trained(folder, "auto", device, trust_remote_code=trust_remote_code, base=base)
+        if stored_quantization(config) and trained is None: trained = load()[0]
+        as_trained = None if trained is None else _logits(trained, examples)
+        del trained
+        model, tokenizer = load(unpack=True)
         reference, config = _logits(model, examples), model.generation_config
         merged = model.merge_and_unload()
         dtype = str(merged.dtype).removeprefix("torch.")
@@ -94,7 +101,7 @@ def merge(
         for name, text in (texts or {}).items(): (aside/name).write_text(text, encoding="utf-8")
         del model, merged
         again = _logits(load_base(str(aside), "auto", device, trust_remote_code=trust_remote_code), examples)
-    return Merged(out, dtype, _difference(reference, again), None if trained is None else _difference(_logits(trained, examples), again),
+    return Merged(out, dtype, _difference(reference, again), None if as_trained is None else _difference(as_trained, again),
                   sum(map(len, examples)))
 
 # %% ../nbs/12_export.ipynb #d2a7f3b6

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'process_rank', 'process_count', 'from_main_process',
-           'load_tokenizer', 'add_tokens', 'attention_backend', 'load_configuration', 'stored_quantization',
-           'attention_dropout', 'check_quantized_source', 'made_for', 'position_limit', 'within_positions', 'structure',
-           'load_base', 'fit_embeddings', 'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora',
-           'absorb_quantization_error', 'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers',
-           'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights', 'tokenizer_source', 'adapter_rows',
-           'with_adapter', 'check_continues', 'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth',
-           'load_for_training', 'save_model', 'load_trained', 'sample_model']
+           'load_tokenizer', 'add_tokens', 'dequantize', 'attention_backend', 'load_configuration',
+           'stored_quantization', 'attention_dropout', 'check_quantized_source', 'unmergeable', 'made_for',
+           'position_limit', 'within_positions', 'structure', 'load_base', 'fit_embeddings', 'linear_layers', 'experts',
+           'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error', 'parameter_counts', 'causal_lm',
+           'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights',
+           'adapter_base', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
+           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
 import contextlib, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
@@ -137,6 +137,28 @@ def _keep_gradients_on_cpu(model):
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit): layer.support_avx512bf16_for_cpu = False
 
+@torch.no_grad()
+def dequantize(
+    model, # of a bitsandbytes checkpoint, without an adapter; changed in place
+    trust_remote_code:bool=False,
+):
+    "Turn 4- and 8-bit layers into those of the family, which hold the numbers that the quantised ones compute with."
+    import bitsandbytes as bnb
+    from transformers.pytorch_utils import Conv1D
+    whole = structure(model.config, model.dtype, trust_remote_code)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)): continue
+        packed, plain = layer.weight, whole.get_submodule(name)
+        if isinstance(layer, bnb.nn.Linear4bit): weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        else: weight = bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
+        weight = weight.to(model.dtype)
+        plain.weight, plain.bias = nn.Parameter(weight.T.contiguous() if isinstance(plain, Conv1D) else weight), layer.bias
+        model.set_submodule(name, plain)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    # how it was read, which transformers would turn round to write it
+    model._weight_conversions = [c for c in model._weight_conversions if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]
+
 @functools.cache
 def _keep_no_inputs():
     "Stop 8-bit layers from keeping their input until the backward pass, where their weight is frozen (bitsandbytes 0.50)."
@@ -195,6 +217,17 @@ def check_quantized_source(
         raise ModelError(f"The weights of `{r.model}` are stored quantised ({method}) and cannot be trained themselves: add `peft=True` (`--peft`, or "
                          "`.lora()` in a notebook), or give the model in full precision.")
     if r.quantization: raise ModelError(f"The weights of `{r.model}` are stored quantised already ({method}): leave `quantization` out.")
+    if r.merge_adapter and (why := unmergeable(r.model, config)):
+        raise ModelError(f"{why} Leave `merge_adapter` out, or train on the model in full precision.")
+
+def unmergeable(
+    model:str, # hub id, folder or GGUF file
+    config, # its configuration
+)->str|None: # None: it can be had, or made, in numbers that an adapter can be added to
+    "Why an adapter cannot be merged into this base."
+    stored = stored_quantization(config)
+    if stored is None or stored.get("quant_method") == "bitsandbytes": return None
+    return f"The weights of `{model}` are stored quantised ({stored.get('quant_method', 'unknown')}), and to merge into, only bitsandbytes' are unpacked."
 
 # %% ../nbs/05_model.ipynb #c47a972e
 def made_for(config)->int|None: # positions that the model was trained with; None: not stated, as of families that know no positions
@@ -419,8 +452,9 @@ def _hold_saved_in_fp32(
 
 @contextlib.contextmanager
 def _quiet_peft():
-    "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load."
+    "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load; and says that it sees GPT-2's layers lie the other way round."
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
@@ -544,6 +578,7 @@ def earlier_weights(
     return folder
 
 def _adapter_config(folder): return json.loads((Path(folder).expanduser()/"adapter_config.json").read_text(encoding="utf-8"))
+def adapter_base(folder)->str: return _adapter_config(folder)["base_model_name_or_path"]       # hub id, or place on this machine
 
 def tokenizer_source(
     r:Recipe,
@@ -732,13 +767,15 @@ def load_trained(
     quantization:str|None=None, # how the base under an adapter is held
     trust_remote_code:bool=False,
     base:str|None=None, # where the base of an adapter is; by default where the adapter says
+    unpack:bool=False, # dequantise a base that comes quantised
 )->tuple: # model in eval mode, tokenizer
     "Load what `save_model` wrote. A base under an adapter is first given the rows of the new tokens."
     tokenizer = load_tokenizer(str(folder), trust_remote_code)
     if stored_kind(folder) != "adapter": return load_base(str(folder), dtype, device, trust_remote_code=trust_remote_code), tokenizer
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import GenerationConfig
-    base = load_base(base or PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, device, quantization, trust_remote_code=trust_remote_code)
+    base = load_base(base or adapter_base(folder), dtype, device, quantization, trust_remote_code=trust_remote_code)
+    if unpack and stored_quantization(base.config): dequantize(base, trust_remote_code)
     fit_embeddings(base, tokenizer)
     with _quiet_peft(): model = PeftModel.from_pretrained(base, folder).eval()
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)

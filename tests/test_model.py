@@ -56,12 +56,16 @@ def test_loftq_trains_and_reloads(tmp_path):
     with pytest.raises(RecipeError, match="needs `quantization="): Recipe(model="m", data_path="d", project_name="p", peft=True, init_lora_weights="loftq")
 
 
+def quantised_plan(tmp_path, bits="int4", **kw):
+    "A plan on a checkpoint that comes quantised."
+    folder = save_tiny(tmp_path/"m", hidden=64, **kw)
+    load_base(folder, quantization=bits).save_pretrained(tmp_path/"ready")
+    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(tmp_path/"m"/name, tmp_path/"ready"/name)
+    return Session(str(tmp_path/"ready"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+
+
 def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
-    folder = save_tiny(tmp_path/"m", hidden=64)
-    ready, tokenizer = load_base(folder, quantization="int4"), tmp_path/"m"
-    ready.save_pretrained(tmp_path/"ready")
-    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(tokenizer/name, tmp_path/"ready"/name)
-    plan = Session(str(tmp_path/"ready"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+    plan = quantised_plan(tmp_path)
     with pytest.raises(ModelError, match="lora"): plan.fit()
     run = plan.lora(r=4).fit()
     import bitsandbytes as bnb
@@ -69,6 +73,37 @@ def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
     with pytest.raises(ModelError, match="already"): plan.lora(r=4).quantize("int4").fit()
+
+
+@pytest.mark.parametrize("bits,cls,rounding", [("int4", "llama", 1e-4), ("int8", "llama", 0.1), ("int4", "gpt2", 1e-4)])      # of inputs too, in int8
+def test_an_adapter_on_a_checkpoint_that_comes_quantised_is_merged_into_what_that_computes_with(tmp_path, bits, cls, rounding):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    plan = quantised_plan(tmp_path, bits, cls=cls).lora(r=4, dropout=0)
+    run, ids = plan.fit(), torch.tensor([[5, 9, 300, 44, 61, 7]])
+    result = run.merge(tmp_path/"out")
+    assert result.max_difference < 1e-4 and result.trained_difference < rounding
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path/"out")
+    with torch.no_grad():
+        assert (merged(ids).logits - run.model(ids).logits).abs().max() < rounding
+        with run.model.disable_adapter(): assert (merged(ids).logits - run.model(ids).logits).abs().max() > 0.1
+    assert not hasattr(merged.config, "quantization_config")
+    whole, got = load_file(tmp_path/"m"/"model.safetensors"), load_file(tmp_path/"out"/"model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in got.items()} == {n: (t.shape, t.dtype) for n, t in whole.items()}
+
+
+def test_a_checkpoint_whose_weights_nobody_here_unpacks_cannot_be_merged_and_that_is_said_first(tmp_path):
+    import json
+    from sftkit.export import merge
+    from sftkit.recipe import RunError
+    folder = tmp_path/"m"
+    plan = Session(save_tiny(folder), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(epochs=1)
+    run = plan.lora(r=4).fit()
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="gptq", bits=4))))
+    with pytest.raises(ModelError, match="stored quantised \\(gptq\\).*Leave `merge_adapter` out"): plan.options(project_name=str(tmp_path/"x")).lora(r=4, merge=True).fit()
+    assert not (tmp_path/"x").exists()
+    with pytest.raises(RunError, match="stored quantised \\(gptq\\).*The adapter itself works"): merge(run.path, tmp_path/"out", [[5, 6]])
 
 
 def test_a_gguf_file_is_read_and_trained_on(tmp_path):
