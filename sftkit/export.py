@@ -173,14 +173,16 @@ def usage_example(
     adapter:bool,
     chat:bool, # whether the model answers messages; else it goes on with a text
     trust_remote_code:bool=False,
+    gguf:bool=False, # whether the adapter's base is a GGUF file
 )->str: # Python
     "How to load a result and ask it something."
     trust = ", trust_remote_code=True" if trust_remote_code else ""
     load = lambda what, cls="AutoModelForCausalLM": f"{cls}.from_pretrained({what}{trust}, dtype=\"auto\", device_map=\"auto\")"
-    lines = [*(["from peft import PeftConfig, PeftModel"] if adapter else []), "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
-             "",
+    base = "PeftConfig.from_pretrained(source).base_model_name_or_path"
+    lines = [*(["import os"] if adapter and gguf else []), *(["from peft import PeftConfig, PeftModel"] if adapter else []),
+             "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", "",
              f"source = {ascii(source)}", f"tokenizer = AutoTokenizer.from_pretrained(source{trust})"]
-    lines += [f"base = {load('PeftConfig.from_pretrained(source).base_model_name_or_path')}",
+    lines += [*([f"folder, file = os.path.split(os.path.abspath({base}))"] if gguf else []), f"base = {load('folder, gguf_file=file' if gguf else base)}",
               "if len(tokenizer) > base.get_input_embeddings().num_embeddings: base.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
               "model = PeftModel.from_pretrained(base, source)"] if adapter else [f"model = {load('source')}"]
     ask = "apply_chat_template([{\"role\": \"user\", \"content\": \"What can you do?\"}], add_generation_prompt=True, return_dict=True" if chat else "(\"The\""
@@ -262,9 +264,9 @@ def model_card(
     seconds = sum(e.get("seconds") or 0 for e in events if e["kind"] == "step")
     what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
     lies = ", which has to lie where the adapter's configuration says" if adapter else ""
-    place = "" if _hub_id(r, about, "model") else f", a model in a local folder{lies}"
+    place = "" if _hub_id(r, about, "model") else f", a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}{lies}"
     base = code_span(shown.model) + place
-    example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code)
+    example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code, r.model.endswith(".gguf"))
     license = "Its files state no licence; whichever it has holds for this model too."
     if about.get("license"): license = f"Its files state this licence: {code_span(about['license'])}."
     parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}",

@@ -13,7 +13,7 @@ __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'process_ra
            'load_with_unsloth', 'is_unsloth', 'load_for_training', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
-import contextlib, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
+import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 from unittest.mock import patch
 import torch
@@ -80,14 +80,27 @@ def from_main_process(
     return outcome[0]
 
 # %% ../nbs/05_model.ipynb #61e92a7f
+@functools.lru_cache(maxsize=1)
+def _gguf_header(read, path, size, changed): return read(path, return_tensors=False)
+
+@contextlib.contextmanager
+def _gguf_read_once():
+    "transformers reads the header of a GGUF file, vocabulary and all, for the configuration, the tokenizer and the weights, in seconds each; here once."
+    import transformers.modeling_gguf_pytorch_utils as reading
+    read = reading.load_gguf_checkpoint
+    def load(path, return_tensors=False, **kw):
+        if return_tensors: return read(path, return_tensors=True, **kw)
+        return copy.deepcopy(_gguf_header(read, path, (now := os.stat(path)).st_size, now.st_mtime_ns))
+    # its bar takes no notice of the setting
+    with patch.object(reading, "load_gguf_checkpoint", load), patch.object(reading, "tqdm", lambda tensors, **_: tensors): yield
+
 def _load(what, source, load, **kw):
     "Call `load(source, **kw)`; what transformers says about a missing or unreadable model becomes one clear `ModelError`."
     if source.endswith(".gguf"):
         if not Path(source).is_file(): raise ModelError(f"There is no file `{source}`.")
         folder, kw["gguf_file"] = os.path.split(os.path.abspath(source))
         kw.pop("use_safetensors", None)
-        # its bar takes no notice of the setting
-        with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors): return _load(what, folder, load, **kw)
+        with _gguf_read_once(): return _load(what, folder, load, **kw)
     path = Path(source).expanduser()
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
         raise ModelError(f"There is no folder `{source}`. `model` is a folder that holds a model, or a hub id such as `org/name`.")
@@ -275,6 +288,23 @@ def _no_progress_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+def _load_gguf(model, options, trust_remote_code):
+    "A GGUF file in plain numbers, or quantised from them. It goes by its own path, since its folder is no model."
+    import transformers
+    quantization = options.pop("quantization_config", None)
+    plain = options | (dict(device_map={"": "cpu"}) if quantization else {})
+    # where there are kernels for it, transformers would leave it packed, and not trainable
+    if hasattr(transformers, "GgufConfig"): plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = _load("model", model, transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code, **plain)
+    if hasattr(loaded.config, "quantization_config"): del loaded.config.quantization_config
+    loaded.hf_quantizer, loaded.is_quantized = None, False
+    if quantization:
+        generation = loaded.generation_config
+        loaded = type(loaded).from_pretrained(None, config=loaded.config, state_dict=loaded.state_dict(), quantization_config=quantization, **options)
+        loaded.generation_config = generation
+    loaded.name_or_path = loaded.config._name_or_path = os.path.abspath(model)
+    return loaded
+
 def load_base(
     model:str, # hub id, folder or GGUF file
     dtype:torch.dtype=torch.float32, # of the weights (of the computation, if quantised)
@@ -285,14 +315,12 @@ def load_base(
 ): # PreTrainedModel in eval mode
     "Load a causal language model. Raises `ModelError` if it cannot be loaded."
     from transformers import AutoModelForCausalLM
-    config = dict(quantization_config=_quantization_config(quantization, dtype)) if quantization else {}
     attention = None if attention == "sdpa" else attention        # None: sdpa where the family has it
+    options = dict(dtype=dtype, device_map={"": str(device)}, attn_implementation=attention)
+    if quantization: options["quantization_config"] = _quantization_config(quantization, dtype)
     with _no_progress_bar():
-        loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, dtype=dtype, device_map={"": str(device)}, attn_implementation=attention,
-                       use_safetensors=True, trust_remote_code=trust_remote_code, **config)
-    if str(model).endswith(".gguf"):                              # its weights are plain numbers by now; transformers would refuse to train and to save them
-        if hasattr(loaded.config, "quantization_config"): del loaded.config.quantization_config
-        loaded.hf_quantizer, loaded.is_quantized = None, False
+        if str(model).endswith(".gguf"): loaded = _load_gguf(str(model), options, trust_remote_code)
+        else: loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
     if getattr(loaded, "is_loaded_in_4bit", False): _keep_gradients_on_cpu(loaded)
     if getattr(loaded, "is_loaded_in_8bit", False): _keep_no_inputs()
     # a padding_idx would zero the gradient of that token's embedding, and the padding token may well be a token of the text (pad = eos)

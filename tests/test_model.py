@@ -7,7 +7,7 @@ import torch
 from sftkit import Run, Session
 from sftkit.model import add_lora, decoder_layers, load_base
 from sftkit.recipe import ModelError, Recipe, RecipeError
-from tiny import save_tiny, write_jsonl
+from tiny import save_tiny, save_tiny_gguf, write_jsonl
 
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
 
@@ -120,6 +120,30 @@ def test_a_gguf_file_is_read_and_trained_on(tmp_path):
     with torch.no_grad(): theirs = whole(ids).logits
     assert torch.equal(ours, theirs)
     with pytest.raises(ModelError, match="no file"): Session(str(tmp_path/"none.gguf"), project=str(tmp_path/"x")).data(str(tmp_path/"d.jsonl")).fit()
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_a_gguf_file_is_quantised_from_its_plain_numbers_and_its_header_is_read_once(tmp_path, monkeypatch, bits):
+    import bitsandbytes as bnb
+    import gguf
+    source, read = save_tiny_gguf(tmp_path/"tiny.gguf", hidden=64), []
+    real = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path, *a: read.append(path) or real(path, *a))
+    plan = Session(source, project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4, dropout=0).quantize(bits).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+    run = plan.fit()
+    assert len(read) == 2                                            # its header, then its weights
+    layers = [m for m in run.model.modules() if isinstance(m, bnb.nn.Linear4bit if bits == "int4" else bnb.nn.Linear8bitLt)]
+    assert len(layers) == 14 and run.history.loss.iloc[-1] < run.history.loss.iloc[0]
+    plain, ids = load_base(source), torch.tensor([[5, 9, 300, 44, 61, 7]])
+    plain.save_pretrained(tmp_path/"plain")
+    with torch.no_grad(), run.model.disable_adapter(): ours, theirs = run.model(ids).logits, load_base(str(tmp_path/"plain"), quantization=bits)(ids).logits
+    assert torch.equal(ours[..., :theirs.shape[-1]], theirs)         # the tokenizer has a token more than the model
+    assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
+    assert run.merge(tmp_path/"out").max_difference < 1e-4
+    before = len(read)
+    load_base(source)
+    save_tiny_gguf(tmp_path/"tiny.gguf", hidden=32)
+    assert load_base(source).config.hidden_size == 32 and len(read) == before + 3     # another file by that name is read anew
 
 
 def test_merged_folder_can_be_read_by_others_and_its_difference_is_honest(tmp_path):
