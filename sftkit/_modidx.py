@@ -854,6 +854,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sftkit.training._stated_license': ('training.html#_stated_license', 'sftkit/training.py'),
                                  'sftkit.training.about': ('training.html#about', 'sftkit/training.py'),
                                  'sftkit.training.changed_data': ('training.html#changed_data', 'sftkit/training.py'),
+                                 'sftkit.training.check_machine': ('training.html#check_machine', 'sftkit/training.py'),
                                  'sftkit.training.claim': ('training.html#claim', 'sftkit/training.py'),
                                  'sftkit.training.keep': ('training.html#keep', 'sftkit/training.py'),
                                  'sftkit.training.placed': ('training.html#placed', 'sftkit/training.py'),

@@ -45,14 +45,13 @@ def sharding_config(
 def check_backend(
     r:Recipe,
 ):
-    "Raises `RunError` if the backend is not installed, cannot work on this machine, or if other processes were started than the recipe is for."
+    "Raises `RunError` if the backend is not installed, or cannot work on this machine."
     if r.distributed_backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise RunError("`distributed_backend='deepspeed'` needs a package that is not installed. Type: pip install deepspeed. "
                        "Or use 'fsdp', which comes with PyTorch and shares a model out likewise.")
     if r.distributed_backend == "fsdp" and not torch.cuda.is_available():
         raise RunError("`distributed_backend='fsdp'` needs GPUs (accelerate has no FSDP on a CPU), and this machine has none. "
                        "Use 'ddp', or 'deepspeed', which also runs on a CPU.")
-    check_processes(r)
 
 def check_processes(
     r:Recipe,

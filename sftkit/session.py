@@ -459,9 +459,11 @@ def _take_away(run, examples):
 
 def _start(plan, renderer=None):
     from sftkit.launch import process_count_for, start_worker, wants_processes
-    from sftkit.training import RunFinished, claim
+    from sftkit.model import best_device
+    from sftkit.training import RunFinished, check_machine, claim
     recipe = _portable(plan)._recipe
     processes = process_count_for(recipe)[0] * (recipe.nodes or 1) if wants_processes(recipe) else 1      # raises where there are too few GPUs
+    check_machine(recipe, best_device())
     if recipe.push_to_hub: _check_hub(recipe)
     data = plan._work.data
     try: directory, _ = claim(data.recipe, data, processes)
