@@ -222,7 +222,7 @@ def check_quantized_source(
     r:Recipe,
     config, # of its model, see `load_configuration`
 ):
-    "Raises `ModelError` if the model's weights are stored quantised and the recipe would train them in full, or quantise them again. No weight is loaded."
+    "Raises `ModelError` if the model's weights are stored quantised and the recipe would change them, or quantise them again. No weight is loaded."
     stored = stored_quantization(config)
     if stored is None: return
     method = stored.get("quant_method", "unknown")
@@ -230,6 +230,9 @@ def check_quantized_source(
         raise ModelError(f"The weights of `{r.model}` are stored quantised ({method}) and cannot be trained themselves: add `peft=True` (`--peft`, or "
                          "`.lora()` in a notebook), or give the model in full precision.")
     if r.quantization: raise ModelError(f"The weights of `{r.model}` are stored quantised already ({method}): leave `quantization` out.")
+    if r.init_lora_weights in ("pissa", "olora"):
+        raise ModelError(f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, and those of `{r.model}` are stored quantised ({method}): "
+                         "leave it out, or use 'gaussian'.")
     if r.merge_adapter and (why := unmergeable(r.model, config)):
         raise ModelError(f"{why} Leave `merge_adapter` out, or train on the model in full precision.")
 
@@ -440,8 +443,12 @@ def check_adapter(
     new_ids:list=(), # ids of new tokens
 ):
     "Raises `ModelError` if the adapter that the recipe describes cannot be put on the model."
-    _targets(model, r, new_ids)
-    _saved(model, r)
+    from transformers.pytorch_utils import Conv1D
+    layers, _ = _targets(model, r, new_ids), _saved(model, r)
+    for name in linear_layers(model) if layers == "all-linear" else layers:
+        if r.init_lora_weights == "olora" and any(isinstance(m, Conv1D) for m in _named(model, name).values()):
+            raise ModelError(f"`init_lora_weights='olora'` does not work on `{name}` of {type(model).__name__}: its weight lies the other way round (Conv1D), "
+                             "which peft overlooks there. Use 'pissa', which starts from the weights too, 'gaussian', or leave it out.")
 
 def _token_rows(model, new_ids, saved):
     "peft's `trainable_token_indices`: rows of the embedding, and of an untied head, that belong to new tokens; None if there are none, or all are `saved`."

@@ -175,6 +175,23 @@ def test_layers_that_cannot_be_named_are_refused_before_anything_loads(tiny, mon
     assert not Path("run").exists()
 
 
+def test_olora_on_weights_that_lie_the_other_way_round_is_refused_before_anything_loads(tiny_gpt2, monkeypatch):
+    "peft 0.21 factors GPT-2's weights as they lie: an error of torch, or, where a layer is square, another model than the base."
+    import sftkit.model
+    monkeypatch.setattr(sftkit.model, "load_base", None)
+    for fields in (dict(), dict(target_modules="h.0.attn.c_proj")):
+        with pytest.raises(ModelError, match="olora.*does not work on `.*c_.*Conv1D.*'pissa'"): plan_for(tiny_gpt2, chat_template="zephyr", peft=True, init_lora_weights="olora", **fields).fit()
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "gaussian"])
+def test_the_other_initialisations_leave_gpt2_what_it_was(tiny_gpt2, init):
+    base = load_base(tiny_gpt2)
+    before = base(IDS).logits.detach()
+    model = add_lora(base, recipe(lora_r=4, lora_dropout=0.0, init_lora_weights=init)).eval()
+    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
+
+
 def test_an_untied_embedding_can_have_an_adapter(tmp_path):
     untied = save_tiny(tmp_path/"untied", extra=("<|im_start|>", "<|im_end|>"), tie=False)
     plan = plan_for(untied, max_steps=4).lora(r=4, dropout=0, targets="q_proj,embed_tokens")

@@ -73,6 +73,7 @@ def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
     with pytest.raises(ModelError, match="already"): plan.lora(r=4).quantize("int4").fit()
+    with pytest.raises(ModelError, match="'pissa'` rewrites the base weights.*stored quantised"): plan.lora(r=4, init="pissa").fit()
 
 
 @pytest.mark.parametrize("bits,cls,rounding", [("int4", "llama", 1e-4), ("int8", "llama", 0.1), ("int4", "gpt2", 1e-4)])      # of inputs too, in int8
