@@ -1,6 +1,7 @@
 """Several processes and machines: the losses of one process at the same effective batch, and configurations that are written down."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,15 @@ def test_acceptance_01_of_several_processes_that_fail_one_says_why_and_nothing_e
     else:
         last = Run.open(folder/name).directory.status()
         assert (last["state"], last["error"]) == ("failed", errors[0].removeprefix("error: "))
+
+
+def test_acceptance_26_a_step_that_is_not_finite_names_the_rows_of_all_processes(folder):
+    told = []
+    for name, more in (("lost-one", ["--gradient-accumulation", 4]), ("lost-two", ["--gradient-accumulation", 2, "--gpus", 2])):
+        code, out = sftkit(folder, "--project-name", name, "--batch-size", 2, *more, "--lr", "1e30", "--warmup-ratio", 0, "--max-grad-norm", 0, CUDA_VISIBLE_DEVICES="")
+        told.append(re.search(r"(?:After|At) step (\d+) .*Rows of that step: (.*?)\. ", out).groups())
+        assert code == 1 and len(told[-1][1].split(", ")) == 8, out
+    assert told[0][0] == told[1][0] and set(told[0][1].split(", ")) == set(told[1][1].split(", "))
 
 
 def test_the_traceback_of_the_process_that_failed_is_shown_on_request(folder):
