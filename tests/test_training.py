@@ -170,6 +170,31 @@ def test_int4_gradients_survive_an_evaluation_before_training(tiny_wide):
     assert max(((a[n] - b[n]).norm() / b[n].norm()).item() for n in a) < 1e-4
 
 
+def test_acceptance_05_the_split_that_is_named_is_trained_on(tiny, monkeypatch):
+    "Of a folder, a hub id and a DatasetDict; in a plan, its script, its YAML and on the command line. Another one is evaluated."
+    import datasets
+    from sftkit.cli import main
+    parts = dict(train=CHAT[:16], shouted=CHAT[16:32], validation=CHAT[32:40])
+    Path("rows").mkdir()
+    for name, rows in parts.items(): write_jsonl(f"rows/{name}.jsonl", rows)
+    many = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **k: many)
+    fields = dict(chat_template="chatml", lr=1e-2, max_steps=2, batch_size=4, gradient_accumulation=1)
+    plan = lambda project, source, **more: Session(tiny, project=project, **fields).data(source, **more)
+    kept = lambda run: (losses(run), [e["loss"] for e in run.events if e["kind"] == "eval"])
+    expected = kept(plan("file", "rows/shouted.jsonl", eval=Path("rows/validation.jsonl")).fit())
+    assert expected[1] and expected[0] != losses(plan("train", "rows").fit())
+    for name, source in (("folder", "rows"), ("hub", "acme/rows"), ("dict", many)):
+        named = plan(name, source, split="shouted", eval="validation")
+        assert kept(named.fit()) == expected and named.recipe.train_split == "shouted"
+    again = plan("again", "rows", split="shouted", eval="validation")
+    again.to_yaml("again.yaml")
+    assert kept(Session.from_yaml("again.yaml").fit()) == expected and "split='shouted'" in again.to_script()
+    flags = [word for name, value in (fields | dict(model=tiny, data_path="rows", project_name="flags", train_split="shouted", valid_split="validation")).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["llm", *flags]) == 0 and kept(Run.open("flags")) == expected
+    with pytest.raises(DataError, match="no split `shoutd`. Splits: train, shouted, validation.*Did you mean `shouted`"): plan("wrong", "rows", split="shoutd").fit()
+
+
 def test_acceptance_19_validation_is_evaluated_and_shares_no_row(tiny, tmp_path):
     rows = CHAT + CHAT[:10]                                        # duplicates
     plan = plan_for(tiny, rows, valid_split=0.25, max_steps=2)
