@@ -501,6 +501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sftkit.model._load_adapter': ('model.html#_load_adapter', 'sftkit/model.py'),
                               'sftkit.model._load_gguf': ('model.html#_load_gguf', 'sftkit/model.py'),
                               'sftkit.model._loaded': ('model.html#_loaded', 'sftkit/model.py'),
+                              'sftkit.model._made_by_unsloth': ('model.html#_made_by_unsloth', 'sftkit/model.py'),
                               'sftkit.model._named': ('model.html#_named', 'sftkit/model.py'),
                               'sftkit.model._no_progress_bar': ('model.html#_no_progress_bar', 'sftkit/model.py'),
                               'sftkit.model._private_cache': ('model.html#_private_cache', 'sftkit/model.py'),

@@ -726,12 +726,20 @@ def load_with_unsloth(
     tokenizer, # with the new tokens already added
     dtype:torch.dtype, # compute format
 ): # a model in train mode, with Unsloth's layers
-    "The model as the recipe describes it, made by Unsloth. What it prints is left out, and its statistics are off."
+    "The model as the recipe describes it, made by Unsloth. What it prints is left out, and its statistics are off. Raises `ModelError` if it cannot load it."
     os.environ.update(UNSLOTH_DISABLE_STATISTICS="1")
     # torch, hundreds of times, about the kernels it compiles for Unsloth
     warnings.filterwarnings("ignore", message=".*output of this custom operator", category=UserWarning)
     # else it makes a folder where the user works, and imports what it finds there
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_private_cache("unsloth")))
+    try: return _made_by_unsloth(r, tokenizer, dtype).train()
+    except Exception as e:                                        # of its own, of whatever class, for a family or a version that it lacks
+        from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
+        if is_out_of_memory(e) or isinstance(e, SftkitError): raise
+        raise ModelError(f"Unsloth could not load `{r.model}` ({type(e).__name__}: {first_line(e)}). Leave `unsloth` out (`--disable-unsloth`): sftkit's own "
+                         "layers train the same.") from e
+
+def _made_by_unsloth(r, tokenizer, dtype):
     recompute = "unsloth" if r.gradient_checkpointing is True else r.gradient_checkpointing == "auto"
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -745,7 +753,7 @@ def load_with_unsloth(
         if r.peft:
             model = FastLanguageModel.get_peft_model(model, r=r.lora_r, target_modules=targets, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout,
                                                      use_rslora=r.use_rslora, use_gradient_checkpointing=recompute, random_state=r.seed)
-    return model.train()
+    return model
 
 def is_unsloth(base)->bool: return type(base.base_model).forward.__module__.startswith("unsloth")
 

@@ -56,6 +56,25 @@ def test_loftq_trains_and_reloads(tmp_path):
     with pytest.raises(RecipeError, match="needs `quantization="): Recipe(model="m", data_path="d", project_name="p", peft=True, init_lora_weights="loftq")
 
 
+def test_acceptance_28_a_model_that_unsloth_lacks_is_said_with_the_remedy(tmp_path, monkeypatch):
+    import sys
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(*args, **kwargs): raise error
+    fake = ModuleType("unsloth")
+    fake.FastLanguageModel, fake.__spec__ = FastLanguageModel, ModuleSpec("unsloth", None)
+    monkeypatch.setitem(sys.modules, "unsloth", fake)
+    monkeypatch.setattr("sftkit.model.unsloth_obstacle", lambda *a: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path)); monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "1"); monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path))
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"r"), unsloth=True).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4)
+    for error in (NotImplementedError("Unsloth: no such family yet!\nMake an issue."), RuntimeError("Unsloth: no such family yet!")):
+        with pytest.raises(ModelError, match=r"Unsloth could not load `.*m` \(\w+: Unsloth: no such family yet!\)\. Leave `unsloth` out"): plan.fit(resume=False)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(ModelError, match="Memory ran out"): plan.fit(resume=False)
+
+
 def quantised_plan(tmp_path, bits="int4", **kw):
     "A plan on a checkpoint that comes quantised."
     folder = save_tiny(tmp_path/"m", hidden=64, **kw)

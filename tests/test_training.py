@@ -192,7 +192,7 @@ def test_acceptance_05_the_split_that_is_named_is_trained_on(tiny, monkeypatch):
     assert kept(Session.from_yaml("again.yaml").fit()) == expected and "split='shouted'" in again.to_script()
     flags = [word for name, value in (fields | dict(model=tiny, data_path="rows", project_name="flags", train_split="shouted", valid_split="validation")).items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["llm", *flags]) == 0 and kept(Run.open("flags")) == expected
-    with pytest.raises(DataError, match="no split `shoutd`. Splits: train, shouted, validation.*Did you mean `shouted`"): plan("wrong", "rows", split="shoutd").fit()
+    with pytest.raises(DataError, match="no split `shoutd`. Splits: train, validation, shouted.*Did you mean `shouted`"): plan("wrong", "rows", split="shoutd").fit()
 
 
 def test_acceptance_19_validation_is_evaluated_and_shares_no_row(tiny, tmp_path):
