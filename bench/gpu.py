@@ -17,9 +17,10 @@ from pathlib import Path
 from runs import CUDA, check, device_name, failed, forget_peak, random_llama, results, write
 
 import torch
+from safetensors.torch import load_file
 from sftkit.export import merge
 from sftkit.loss import _has_varlen
-from sftkit.model import best_device, load_base, load_trained
+from sftkit.model import FORMATS, best_device, load_base, load_trained
 from sftkit.recipe import ModelError, Recipe
 from sftkit.training import Trainer
 from sftkit.prepare import train_loader
@@ -97,7 +98,7 @@ def precisions(base):
 
 
 def lora(base):
-    "Adapters on a plain, an int8 and an int4 base: learning, formats, memory of the weights, and the same logits when loaded again."
+    "Adapters on a plain, an int8 and an int4 base: learning, formats, memory of the weights, and the same logits when loaded again. Layers trained in full beside one."
     weights, device = {}, best_device()
     for bits in None, "int8", "int4":
         what = f"LoRA on {bits or 'unquantised'} base"
@@ -115,6 +116,14 @@ def lora(base):
         gap = ((after - before).norm() / before.norm()).item()
         check(f"{what}: reloaded gives the same logits", gap < (2e-3 if CUDA else 1e-6), relative_gap=gap)
         del trained, reloaded
+    for precision in ("bf16", "fp16") if CUDA else ("bf16",):
+        losses, *_, trained, run, _ = fit(base.replace(project_name=f"saved-{precision}", peft=True, modules_to_save="norm,lm_head", mixed_precision=precision, lr=5e-5))
+        check(f"layers trained in full, {precision}: all that is trained is fp32, the rest is not", {p.dtype for p in trained.parameters() if p.requires_grad} == {torch.float32}
+              and {p.dtype for p in trained.parameters() if not p.requires_grad} == {FORMATS[precision]})
+        stored, before = load_file(run.path / "adapter_model.safetensors"), load_file(f"{base.model}/model.safetensors")
+        moved = {n: (stored[f"base_model.model.{n}"].cpu() != before[n].to(FORMATS[precision]).float()).float().mean().item() for n in ("model.norm.weight", "lm_head.weight")}
+        check(f"layers trained in full, {precision}: updates of 5e-5 arrive", losses[-1] < losses[0] and min(moved.values()) > 0.9, first=losses[0], last=losses[-1], share_moved=min(moved.values()))
+        del trained
     check("int4 weights take a quarter of bf16's" if CUDA else "int4 weights take an eighth of fp32's", weights["int4"] * (3.9 if CUDA else 7.8) < weights[None], ratio=weights[None] / weights["int4"])
 
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 from .model import causal_lm, process_count, process_rank, save_model
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size as is_out_of_memory
 with contextlib.redirect_stdout(io.StringIO()):                    # where it prints the mode that wandb is in
     from transformers import Trainer as HFTrainer, TrainerCallback
@@ -45,14 +46,13 @@ def sharding_config(
 def check_backend(
     r:Recipe,
 ):
-    "Raises `RunError` if the backend is not installed, cannot work on this machine, or if other processes were started than the recipe is for."
+    "Raises `RunError` if the backend is not installed, or cannot work on this machine."
     if r.distributed_backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise RunError("`distributed_backend='deepspeed'` needs a package that is not installed. Type: pip install deepspeed. "
                        "Or use 'fsdp', which comes with PyTorch and shares a model out likewise.")
     if r.distributed_backend == "fsdp" and not torch.cuda.is_available():
         raise RunError("`distributed_backend='fsdp'` needs GPUs (accelerate has no FSDP on a CPU), and this machine has none. "
                        "Use 'ddp', or 'deepspeed', which also runs on a CPU.")
-    check_processes(r)
 
 def check_processes(
     r:Recipe,
@@ -373,9 +373,11 @@ class Engine(SFTTrainer):
         for step, old in self.run.checkpoints()[:-limit] if limit else []:
             if step != self.best_step: self.run.drop(old)
 
-    def step_rows(self): # where the rows of the latest step come from
+    def step_rows(self):
+        "Where the rows of the latest step come from. All processes ask for them together."
         numbers = torch.cat([b["rows"] for b in self.step_batches]).tolist() if self.step_batches else []
-        return [self.data_prepared.train.examples[i]["where"] for i in numbers]
+        rows = [self.data_prepared.train.examples[i]["where"] for i in numbers]
+        return list(dict.fromkeys(gather_object(rows) if self.args.world_size > 1 else rows))
 
     def check_weights(self):
         """Raises `NonFiniteLoss` if a weight is not finite. The next step would show it; the last one, and one that is kept, has none.

@@ -7,7 +7,7 @@ __all__ = ['new_folder', 'Merged', 'merge', 'result_files', 'portable', 'public_
            'model_card', 'save', 'without_paths', 'UploadError', 'retry', 'open_repository', 'upload']
 
 # %% ../nbs/12_export.ipynb #8bf5e05b
-import contextlib, json, math, os, re, shutil, tempfile, time
+import contextlib, functools, json, math, os, re, shutil, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from .events import RunDirectory, short_path, flush_folder
@@ -42,7 +42,7 @@ class Merged:
     "A merged model, and how far its logits are from those of the model with its adapter."
     path: Path
     dtype: str                               # of the weights, that of the base
-    max_difference: float                    # largest absolute difference of a logit to the full-precision base with the adapter
+    max_difference: float                    # largest absolute difference of a logit to the full-precision, or unpacked, base with the adapter
     trained_difference: float|None           # likewise to the quantised base with the adapter, as it was trained; None if it wasn't quantised
     positions: int                           # tokens compared
 
@@ -75,8 +75,8 @@ def merge(
 )->Merged:
     """Merge an adapter into its full-precision base, write the whole model with tokenizer and chat template, load it again and compare.
 
-    Raises `RunError` if there is no adapter or `out` holds something."""
-    from sftkit.model import load_base, load_trained, save_model
+    A base that comes quantised is dequantised for it. Raises `RunError` if that cannot be done, if there is no adapter, or `out` holds something."""
+    from sftkit.model import adapter_base, load_base, load_configuration, load_trained, save_model, stored_quantization, unmergeable
     folder, out, examples = Path(folder), Path(out), [list(ids) for ids in examples if len(ids)]
     if not examples:
         raise RunError("There is nothing to compare the merged model on: `examples` is empty. Give the token ids of a row or more, e.g. "
@@ -84,8 +84,15 @@ def merge(
     if not (folder/"adapter_config.json").exists():
         whole = (folder/"config.json").exists()
         raise RunError(f"`{folder}` holds no adapter" + (": it is already a whole model." if whole else " and no model. Train it first."))
+    base = base or adapter_base(folder)
+    config = load_configuration(base, trust_remote_code)
+    if why := unmergeable(base, config): raise RunError(f"{why} The adapter itself works on it as it is.")
+    load = functools.partial(load_trained, folder, "auto", device, trust_remote_code=trust_remote_code, base=base)
     with new_folder(out) as aside:
-        model, tokenizer = load_trained(folder, "auto", device, trust_remote_code=trust_remote_code, base=base)
+        if stored_quantization(config) and trained is None: trained = load()[0]
+        as_trained = None if trained is None else _logits(trained, examples)
+        del trained
+        model, tokenizer = load(unpack=True)
         reference, config = _logits(model, examples), model.generation_config
         merged = model.merge_and_unload()
         dtype = str(merged.dtype).removeprefix("torch.")
@@ -94,7 +101,7 @@ def merge(
         for name, text in (texts or {}).items(): (aside/name).write_text(text, encoding="utf-8")
         del model, merged
         again = _logits(load_base(str(aside), "auto", device, trust_remote_code=trust_remote_code), examples)
-    return Merged(out, dtype, _difference(reference, again), None if trained is None else _difference(_logits(trained, examples), again),
+    return Merged(out, dtype, _difference(reference, again), None if as_trained is None else _difference(as_trained, again),
                   sum(map(len, examples)))
 
 # %% ../nbs/12_export.ipynb #d2a7f3b6
@@ -166,14 +173,16 @@ def usage_example(
     adapter:bool,
     chat:bool, # whether the model answers messages; else it goes on with a text
     trust_remote_code:bool=False,
+    gguf:bool=False, # whether the adapter's base is a GGUF file
 )->str: # Python
     "How to load a result and ask it something."
     trust = ", trust_remote_code=True" if trust_remote_code else ""
     load = lambda what, cls="AutoModelForCausalLM": f"{cls}.from_pretrained({what}{trust}, dtype=\"auto\", device_map=\"auto\")"
-    lines = [*(["from peft import PeftConfig, PeftModel"] if adapter else []), "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
-             "",
+    base = "PeftConfig.from_pretrained(source).base_model_name_or_path"
+    lines = [*(["import os"] if adapter and gguf else []), *(["from peft import PeftConfig, PeftModel"] if adapter else []),
+             "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", "",
              f"source = {ascii(source)}", f"tokenizer = AutoTokenizer.from_pretrained(source{trust})"]
-    lines += [f"base = {load('PeftConfig.from_pretrained(source).base_model_name_or_path')}",
+    lines += [*([f"folder, file = os.path.split(os.path.abspath({base}))"] if gguf else []), f"base = {load('folder, gguf_file=file' if gguf else base)}",
               "if len(tokenizer) > base.get_input_embeddings().num_embeddings: base.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
               "model = PeftModel.from_pretrained(base, source)"] if adapter else [f"model = {load('source')}"]
     ask = "apply_chat_template([{\"role\": \"user\", \"content\": \"What can you do?\"}], add_generation_prompt=True, return_dict=True" if chat else "(\"The\""
@@ -255,9 +264,9 @@ def model_card(
     seconds = sum(e.get("seconds") or 0 for e in events if e["kind"] == "step")
     what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
     lies = ", which has to lie where the adapter's configuration says" if adapter else ""
-    place = "" if _hub_id(r, about, "model") else f", a model in a local folder{lies}"
+    place = "" if _hub_id(r, about, "model") else f", a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}{lies}"
     base = code_span(shown.model) + place
-    example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code)
+    example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code, r.model.endswith(".gguf"))
     license = "Its files state no licence; whichever it has holds for this model too."
     if about.get("license"): license = f"Its files state this licence: {code_span(about['license'])}."
     parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}",

@@ -34,9 +34,11 @@ def process_count_for(
     least = 1 if (r.nodes or 1) > 1 else 2
     if not found: return r.gpus or least, False
     if (r.gpus or least) > found:
-        raise RecipeError(f"`gpus={r.gpus or least}`, and this machine shows {found} (CUDA_VISIBLE_DEVICES is "
-                          f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}). "
-                      "Lower `gpus`, or leave `distributed_backend` out to train on one.")
+        asked = f"`gpus={r.gpus}` asks for {r.gpus} GPUs" if r.gpus else f"`distributed_backend={r.distributed_backend!r}` shares work among two GPUs or more"
+        typed = " and ".join(f"`{n}`" for n in ("gpus", "distributed_backend") if getattr(r, n) is not None)
+        fixes = [f"say `gpus={found}`"] * (found >= least) + [f"leave {typed} out to train on one"] * (least == 2)
+        raise RecipeError(f"{asked}, and this machine shows {found} (CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}). "
+                          f"What to do: {', or '.join(fixes)}.")
     return r.gpus or found, True
 
 # %% ../nbs/16_launch.ipynb #6de8bb83

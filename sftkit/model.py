@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'process_rank', 'process_count', 'from_main_process',
-           'load_tokenizer', 'add_tokens', 'attention_backend', 'load_configuration', 'stored_quantization',
-           'attention_dropout', 'check_quantized_source', 'made_for', 'position_limit', 'within_positions', 'structure',
-           'load_base', 'fit_embeddings', 'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora',
-           'absorb_quantization_error', 'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers',
-           'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights', 'tokenizer_source', 'adapter_rows',
-           'with_adapter', 'check_continues', 'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth',
-           'load_for_training', 'save_model', 'load_trained', 'sample_model']
+           'load_tokenizer', 'add_tokens', 'dequantize', 'attention_backend', 'load_configuration',
+           'stored_quantization', 'attention_dropout', 'check_quantized_source', 'unmergeable', 'made_for',
+           'position_limit', 'within_positions', 'structure', 'load_base', 'fit_embeddings', 'linear_layers', 'experts',
+           'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error', 'parameter_counts', 'causal_lm',
+           'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights',
+           'adapter_base', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
+           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
-import contextlib, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
+import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from .events import RunDirectory
 from .recipe import ModelError, Recipe, RunError, SftkitError, did_you_mean, first_line, hub_access, recipe_fields
 
@@ -79,14 +80,27 @@ def from_main_process(
     return outcome[0]
 
 # %% ../nbs/05_model.ipynb #61e92a7f
+@functools.lru_cache(maxsize=1)
+def _gguf_header(read, path, size, changed): return read(path, return_tensors=False)
+
+@contextlib.contextmanager
+def _gguf_read_once():
+    "transformers reads the header of a GGUF file, vocabulary and all, for the configuration, the tokenizer and the weights, in seconds each; here once."
+    import transformers.modeling_gguf_pytorch_utils as reading
+    read = reading.load_gguf_checkpoint
+    def load(path, return_tensors=False, **kw):
+        if return_tensors: return read(path, return_tensors=True, **kw)
+        return copy.deepcopy(_gguf_header(read, path, (now := os.stat(path)).st_size, now.st_mtime_ns))
+    # its bar takes no notice of the setting
+    with patch.object(reading, "load_gguf_checkpoint", load), patch.object(reading, "tqdm", lambda tensors, **_: tensors): yield
+
 def _load(what, source, load, **kw):
     "Call `load(source, **kw)`; what transformers says about a missing or unreadable model becomes one clear `ModelError`."
     if source.endswith(".gguf"):
         if not Path(source).is_file(): raise ModelError(f"There is no file `{source}`.")
         folder, kw["gguf_file"] = os.path.split(os.path.abspath(source))
         kw.pop("use_safetensors", None)
-        # its bar takes no notice of the setting
-        with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors): return _load(what, folder, load, **kw)
+        with _gguf_read_once(): return _load(what, folder, load, **kw)
     path = Path(source).expanduser()
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
         raise ModelError(f"There is no folder `{source}`. `model` is a folder that holds a model, or a hub id such as `org/name`.")
@@ -135,6 +149,28 @@ def _keep_gradients_on_cpu(model):
     import bitsandbytes as bnb
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit): layer.support_avx512bf16_for_cpu = False
+
+@torch.no_grad()
+def dequantize(
+    model, # of a bitsandbytes checkpoint, without an adapter; changed in place
+    trust_remote_code:bool=False,
+):
+    "Turn 4- and 8-bit layers into those of the family, which hold the numbers that the quantised ones compute with."
+    import bitsandbytes as bnb
+    from transformers.pytorch_utils import Conv1D
+    whole = structure(model.config, model.dtype, trust_remote_code)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)): continue
+        packed, plain = layer.weight, whole.get_submodule(name)
+        if isinstance(layer, bnb.nn.Linear4bit): weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        else: weight = bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
+        weight = weight.to(model.dtype)
+        plain.weight, plain.bias = nn.Parameter(weight.T.contiguous() if isinstance(plain, Conv1D) else weight), layer.bias
+        model.set_submodule(name, plain)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    # how it was read, which transformers would turn round to write it
+    model._weight_conversions = [c for c in model._weight_conversions if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]
 
 @functools.cache
 def _keep_no_inputs():
@@ -186,7 +222,7 @@ def check_quantized_source(
     r:Recipe,
     config, # of its model, see `load_configuration`
 ):
-    "Raises `ModelError` if the model's weights are stored quantised and the recipe would train them in full, or quantise them again. No weight is loaded."
+    "Raises `ModelError` if the model's weights are stored quantised and the recipe would change them, or quantise them again. No weight is loaded."
     stored = stored_quantization(config)
     if stored is None: return
     method = stored.get("quant_method", "unknown")
@@ -194,6 +230,20 @@ def check_quantized_source(
         raise ModelError(f"The weights of `{r.model}` are stored quantised ({method}) and cannot be trained themselves: add `peft=True` (`--peft`, or "
                          "`.lora()` in a notebook), or give the model in full precision.")
     if r.quantization: raise ModelError(f"The weights of `{r.model}` are stored quantised already ({method}): leave `quantization` out.")
+    if r.init_lora_weights in ("pissa", "olora"):
+        raise ModelError(f"`init_lora_weights={r.init_lora_weights!r}` rewrites the base weights, and those of `{r.model}` are stored quantised ({method}): "
+                         "leave it out, or use 'gaussian'.")
+    if r.merge_adapter and (why := unmergeable(r.model, config)):
+        raise ModelError(f"{why} Leave `merge_adapter` out, or train on the model in full precision.")
+
+def unmergeable(
+    model:str, # hub id, folder or GGUF file
+    config, # its configuration
+)->str|None: # None: it can be had, or made, in numbers that an adapter can be added to
+    "Why an adapter cannot be merged into this base."
+    stored = stored_quantization(config)
+    if stored is None or stored.get("quant_method") == "bitsandbytes": return None
+    return f"The weights of `{model}` are stored quantised ({stored.get('quant_method', 'unknown')}), and to merge into, only bitsandbytes' are unpacked."
 
 # %% ../nbs/05_model.ipynb #c47a972e
 def made_for(config)->int|None: # positions that the model was trained with; None: not stated, as of families that know no positions
@@ -241,6 +291,23 @@ def _no_progress_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+def _load_gguf(model, options, trust_remote_code):
+    "A GGUF file in plain numbers, or quantised from them. It goes by its own path, since its folder is no model."
+    import transformers
+    quantization = options.pop("quantization_config", None)
+    plain = options | (dict(device_map={"": "cpu"}) if quantization else {})
+    # where there are kernels for it, transformers would leave it packed, and not trainable
+    if hasattr(transformers, "GgufConfig"): plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = _load("model", model, transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code, **plain)
+    if hasattr(loaded.config, "quantization_config"): del loaded.config.quantization_config
+    loaded.hf_quantizer, loaded.is_quantized = None, False
+    if quantization:
+        generation = loaded.generation_config
+        loaded = type(loaded).from_pretrained(None, config=loaded.config, state_dict=loaded.state_dict(), quantization_config=quantization, **options)
+        loaded.generation_config = generation
+    loaded.name_or_path = loaded.config._name_or_path = os.path.abspath(model)
+    return loaded
+
 def load_base(
     model:str, # hub id, folder or GGUF file
     dtype:torch.dtype=torch.float32, # of the weights (of the computation, if quantised)
@@ -251,14 +318,12 @@ def load_base(
 ): # PreTrainedModel in eval mode
     "Load a causal language model. Raises `ModelError` if it cannot be loaded."
     from transformers import AutoModelForCausalLM
-    config = dict(quantization_config=_quantization_config(quantization, dtype)) if quantization else {}
     attention = None if attention == "sdpa" else attention        # None: sdpa where the family has it
+    options = dict(dtype=dtype, device_map={"": str(device)}, attn_implementation=attention)
+    if quantization: options["quantization_config"] = _quantization_config(quantization, dtype)
     with _no_progress_bar():
-        loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, dtype=dtype, device_map={"": str(device)}, attn_implementation=attention,
-                       use_safetensors=True, trust_remote_code=trust_remote_code, **config)
-    if str(model).endswith(".gguf"):                              # its weights are plain numbers by now; transformers would refuse to train and to save them
-        if hasattr(loaded.config, "quantization_config"): del loaded.config.quantization_config
-        loaded.hf_quantizer, loaded.is_quantized = None, False
+        if str(model).endswith(".gguf"): loaded = _load_gguf(str(model), options, trust_remote_code)
+        else: loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
     if getattr(loaded, "is_loaded_in_4bit", False): _keep_gradients_on_cpu(loaded)
     if getattr(loaded, "is_loaded_in_8bit", False): _keep_no_inputs()
     # a padding_idx would zero the gradient of that token's embedding, and the padding token may well be a token of the text (pad = eos)
@@ -378,8 +443,12 @@ def check_adapter(
     new_ids:list=(), # ids of new tokens
 ):
     "Raises `ModelError` if the adapter that the recipe describes cannot be put on the model."
-    _targets(model, r, new_ids)
-    _saved(model, r)
+    from transformers.pytorch_utils import Conv1D
+    layers, _ = _targets(model, r, new_ids), _saved(model, r)
+    for name in linear_layers(model) if layers == "all-linear" else layers:
+        if r.init_lora_weights == "olora" and any(isinstance(m, Conv1D) for m in _named(model, name).values()):
+            raise ModelError(f"`init_lora_weights='olora'` does not work on `{name}` of {type(model).__name__}: its weight lies the other way round (Conv1D), "
+                             "which peft overlooks there. Use 'pissa', which starts from the weights too, 'gaussian', or leave it out.")
 
 def _token_rows(model, new_ids, saved):
     "peft's `trainable_token_indices`: rows of the embedding, and of an untied head, that belong to new tokens; None if there are none, or all are `saved`."
@@ -393,10 +462,34 @@ def _token_rows(model, new_ids, saved):
                          f"`modules_to_save=\"{names[id(embedding)]},{names[id(head)]}\"`.")
     return {names[id(m)]: new_ids for m in (embedding, head) if id(m) not in whole and (m is embedding or (m is not None and not _tied(model)))} or None
 
+class _InFormat:
+    "Mixed into the class of a layer that is trained in full under a base in another format: its weights are fp32, and it computes as the base does."
+    def forward(self, *args, **kwargs):
+        device = next(self.parameters()).device.type
+        with contextlib.nullcontext() if device == "meta" else torch.autocast(device, self._compute_format): out = super().forward(*args, **kwargs)
+        return tree_map(lambda t: t.to(self._compute_format) if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t, out)
+
+@functools.cache
+def _computing_in(cls, dtype): return type(cls.__name__, (_InFormat, cls), dict(__module__=cls.__module__, _compute_format=dtype))
+
+def _hold_saved_in_fp32(
+    adapted, # PeftModel, changed in place
+    stored=None, # name -> tensor of an adapter, whose numbers the layers then have as they are stored
+):
+    "Raise layers that are trained in full to fp32, as peft does with LoRA's matrices: bf16 loses their updates, and a scaler refuses them in fp16."
+    from peft.utils import ModulesToSaveWrapper
+    for name, wrapper in adapted.named_modules():
+        for layer in wrapper.modules_to_save.values() if isinstance(wrapper, ModulesToSaveWrapper) else ():
+            lower = next((p.dtype for p in layer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+            if lower is None: continue
+            layer.float().__class__ = _computing_in(type(layer), lower)
+            if stored: layer.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+
 @contextlib.contextmanager
 def _quiet_peft():
-    "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load."
+    "peft 0.21 uses a name that transformers 5.20 and later call deprecated, at every load; and says that it sees GPT-2's layers lie the other way round."
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
@@ -406,7 +499,7 @@ def add_lora(
     r:Recipe, # its LoRA fields are read
     new_ids:list=(), # ids of new tokens, whose rows are trained beside the adapter
 ): # PeftModel
-    """Put a LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) on the model: W x + (alpha / r) B A x, with A and B in fp32.
+    """Put a LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) on the model: W x + (alpha / r) B A x. All that is trained is held in fp32.
 
     Raises `ModelError` for a target that matches no layer."""
     from peft import LoraConfig, get_peft_model
@@ -419,6 +512,7 @@ def add_lora(
                         modules_to_save=saved, trainable_token_indices=_token_rows(model, list(new_ids), saved),
                         fan_in_fan_out=not r.quantization and any(isinstance(m, Conv1D) for m in model.modules()))
     with _quiet_peft(): adapted = get_peft_model(model, config)
+    _hold_saved_in_fp32(adapted)
     if r.init_lora_weights == "loftq": absorb_quantization_error(adapted, r.model, r.trust_remote_code)
     return adapted
 
@@ -519,6 +613,7 @@ def earlier_weights(
     return folder
 
 def _adapter_config(folder): return json.loads((Path(folder).expanduser()/"adapter_config.json").read_text(encoding="utf-8"))
+def adapter_base(folder)->str: return _adapter_config(folder)["base_model_name_or_path"]       # hub id, or place on this machine
 
 def tokenizer_source(
     r:Recipe,
@@ -597,8 +692,11 @@ def check_continues(
 
 def _load_adapter(model, folder):
     from peft import PeftModel
+    from peft.utils import load_peft_weights
     model.config.use_cache = False
-    with _quiet_peft(): return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with _quiet_peft(): adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if _adapter_config(folder).get("modules_to_save"): _hold_saved_in_fp32(adapted, load_peft_weights(folder, device="cpu"))
+    return adapted
 
 # %% ../nbs/05_model.ipynb #c259efd7
 def unsloth_obstacle(
@@ -628,12 +726,20 @@ def load_with_unsloth(
     tokenizer, # with the new tokens already added
     dtype:torch.dtype, # compute format
 ): # a model in train mode, with Unsloth's layers
-    "The model as the recipe describes it, made by Unsloth. What it prints is left out, and its statistics are off."
+    "The model as the recipe describes it, made by Unsloth. What it prints is left out, and its statistics are off. Raises `ModelError` if it cannot load it."
     os.environ.update(UNSLOTH_DISABLE_STATISTICS="1")
     # torch, hundreds of times, about the kernels it compiles for Unsloth
     warnings.filterwarnings("ignore", message=".*output of this custom operator", category=UserWarning)
     # else it makes a folder where the user works, and imports what it finds there
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_private_cache("unsloth")))
+    try: return _made_by_unsloth(r, tokenizer, dtype).train()
+    except Exception as e:                                        # of its own, of whatever class, for a family or a version that it lacks
+        from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
+        if is_out_of_memory(e) or isinstance(e, SftkitError): raise
+        raise ModelError(f"Unsloth could not load `{r.model}` ({type(e).__name__}: {first_line(e)}). Leave `unsloth` out (`--disable-unsloth`): sftkit's own "
+                         "layers train the same.") from e
+
+def _made_by_unsloth(r, tokenizer, dtype):
     recompute = "unsloth" if r.gradient_checkpointing is True else r.gradient_checkpointing == "auto"
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -647,7 +753,7 @@ def load_with_unsloth(
         if r.peft:
             model = FastLanguageModel.get_peft_model(model, r=r.lora_r, target_modules=targets, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout,
                                                      use_rslora=r.use_rslora, use_gradient_checkpointing=recompute, random_state=r.seed)
-    return model.train()
+    return model
 
 def is_unsloth(base)->bool: return type(base.base_model).forward.__module__.startswith("unsloth")
 
@@ -704,13 +810,15 @@ def load_trained(
     quantization:str|None=None, # how the base under an adapter is held
     trust_remote_code:bool=False,
     base:str|None=None, # where the base of an adapter is; by default where the adapter says
+    unpack:bool=False, # dequantise a base that comes quantised
 )->tuple: # model in eval mode, tokenizer
     "Load what `save_model` wrote. A base under an adapter is first given the rows of the new tokens."
     tokenizer = load_tokenizer(str(folder), trust_remote_code)
     if stored_kind(folder) != "adapter": return load_base(str(folder), dtype, device, trust_remote_code=trust_remote_code), tokenizer
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import GenerationConfig
-    base = load_base(base or PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, device, quantization, trust_remote_code=trust_remote_code)
+    base = load_base(base or adapter_base(folder), dtype, device, quantization, trust_remote_code=trust_remote_code)
+    if unpack and stored_quantization(base.config): dequantize(base, trust_remote_code)
     fit_embeddings(base, tokenizer)
     with _quiet_peft(): model = PeftModel.from_pretrained(base, folder).eval()
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)

@@ -430,8 +430,8 @@ def _fit(plan, renderer=None):
     recipe = plan._recipe
     if wants_processes(recipe):
         raise RunError(f"This plan is for several processes (gpus={recipe.gpus}, distributed_backend={recipe.distributed_backend!r}), "
-                       "and `fit` trains in this one. "
-                       "Save it with plan.to_yaml(\"plan.yaml\") and type: sftkit llm --config plan.yaml. Or leave both at None to train here on one device.")
+                       "and `fit` trains in this one. Type plan.start(), which starts them and shows the run here; or save the plan with "
+                       "plan.to_yaml(\"plan.yaml\") and type: sftkit llm --config plan.yaml. Or leave both at None to train here on one device.")
     if recipe.push_to_hub: from_main_process(lambda: _check_hub(recipe))
     work = plan._work
     view = lambda run: live(run.path, total_hint=work.data.steps()[1], renderer=renderer, on_request=run.request)
@@ -464,9 +464,11 @@ def _take_away(run, examples):
 
 def _start(plan, renderer=None):
     from sftkit.launch import process_count_for, start_worker, wants_processes
-    from sftkit.training import RunFinished, claim
+    from sftkit.model import best_device
+    from sftkit.training import RunFinished, check_machine, claim
     recipe = _portable(plan)._recipe
     processes = process_count_for(recipe)[0] * (recipe.nodes or 1) if wants_processes(recipe) else 1      # raises where there are too few GPUs
+    check_machine(recipe, best_device())
     if recipe.push_to_hub: _check_hub(recipe)
     data = plan._work.data
     try: directory, _ = claim(data.recipe, data, processes)

@@ -1,6 +1,7 @@
 """Several processes and machines: the losses of one process at the same effective batch, and configurations that are written down."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,24 @@ def test_acceptance_30_deepspeed_trains_as_one_process(folder, peft):
     assert len(a) == len(b) == 6 and (a - b).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("fields,message", [(dict(distributed_backend="ddp"), r"`distributed_backend='ddp'` shares work among two GPUs or more, and this machine shows 1 .*do: leave `distributed_backend` out to train on one\.$"),
+                                            (dict(gpus=2), r"`gpus=2` asks for 2 GPUs, and this machine shows 1 .*do: leave `gpus` out to train on one\.$"),
+                                            (dict(gpus=4, distributed_backend="fsdp"), "do: leave `gpus` and `distributed_backend` out to train on one"),
+                                            (dict(gpus=2, nodes=2), r"`gpus=2` asks for 2 GPUs, and this machine shows 1 .*do: say `gpus=1`\.$")], ids=str)
+def test_acceptance_30_one_gpu_is_too_few_for_what_was_typed(fields, message, tiny, chat_file, monkeypatch):
+    from sftkit import Session
+    from sftkit.launch import launch, process_count_for
+    for name in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    recipe = Recipe(model=tiny, data_path=chat_file, project_name="p", **fields)
+    for ask in (process_count_for, launch, lambda r: Session.from_recipe(r).start()):
+        with pytest.raises(RecipeError, match=message): ask(recipe)
+    with pytest.raises(RunError, match=r"`fit` trains in this one\. Type plan\.start\(\)"): Session.from_recipe(recipe).fit()
+    assert not Path("p").exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [process_count_for(recipe.replace(gpus=n, nodes=None)) for n in (None, 2, 4)] == [(4, True), (2, True), (4, True)]
+
+
 def test_missing_deepspeed_and_fsdp_on_a_cpu_are_refused_before_anything_loads(folder, monkeypatch, tmp_path):
     import torch
     from sftkit.engine import check_backend, sharding_config
@@ -173,6 +192,15 @@ def test_acceptance_01_of_several_processes_that_fail_one_says_why_and_nothing_e
     else:
         last = Run.open(folder/name).directory.status()
         assert (last["state"], last["error"]) == ("failed", errors[0].removeprefix("error: "))
+
+
+def test_acceptance_26_a_step_that_is_not_finite_names_the_rows_of_all_processes(folder):
+    told = []
+    for name, more in (("lost-one", ["--gradient-accumulation", 4]), ("lost-two", ["--gradient-accumulation", 2, "--gpus", 2])):
+        code, out = sftkit(folder, "--project-name", name, "--batch-size", 2, *more, "--lr", "1e30", "--warmup-ratio", 0, "--max-grad-norm", 0, CUDA_VISIBLE_DEVICES="")
+        told.append(re.search(r"(?:After|At) step (\d+) .*Rows of that step: (.*?)\. ", out).groups())
+        assert code == 1 and len(told[-1][1].split(", ")) == 8, out
+    assert told[0][0] == told[1][0] and set(told[0][1].split(", ")) == set(told[1][1].split(", "))
 
 
 def test_the_traceback_of_the_process_that_failed_is_shown_on_request(folder):

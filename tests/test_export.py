@@ -19,7 +19,7 @@ from sftkit.cli import main
 from sftkit.export import UploadError, result_files
 from sftkit.recipe import RecipeError, RunError
 from running import chat_plan, environment
-from tiny import save_tiny, write_jsonl
+from tiny import save_tiny, save_tiny_gguf, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 TOKEN, READER, STRANGER = "hf_thewritersverysecrettoken", "hf_thereadersverysecrettoken", "hf_atokennobodyknows"
@@ -124,9 +124,9 @@ def test_card_tells_the_weights_that_were_kept(tiny):
     assert f"| steps | {kept} |" in Path("run/README.md").read_text() and f"| {evals[kept]:.4g} |" in Path("run/README.md").read_text()
 
 
-@pytest.mark.parametrize("case", ["adapter", "adapter with new tokens", "whole", "text"])
+@pytest.mark.parametrize("case", ["adapter", "adapter with new tokens", "adapter on GGUF", "whole", "text"])
 def test_example_of_a_card_runs_and_says_what_the_run_says(tiny, tiny_gpt2, case):
-    base = tiny_gpt2 if "new" in case else tiny
+    base = tiny_gpt2 if "new" in case else save_tiny_gguf("tiny.gguf", extra=("<|im_start|>", "<|im_end|>")) if "GGUF" in case else tiny
     plan = Session(base, project="runs/it", **{**FAST, "chat_template": None if case == "text" else "chatml"}).data(TEXT if case == "text" else CHAT)
     run = (plan.lora(r=4) if "adapter" in case else plan).fit()
     ask = "The" if case == "text" else "What can you do?"
@@ -134,6 +134,7 @@ def test_example_of_a_card_runs_and_says_what_the_run_says(tiny, tiny_gpt2, case
     assert run_example(Path("runs/it/README.md").read_text(), "runs").strip() == expected.strip()
     run.save("elsewhere/copy")
     assert run_example(Path("elsewhere/copy/README.md").read_text(), "elsewhere").strip() == expected.strip()
+    assert Run.open("elsewhere/copy").generate(ask, max_new_tokens=128) == expected
     if "adapter" in case:
         run.merge("merged")
         assert run_example(Path("merged/README.md").read_text(), ".").strip() == expected.strip() and ModelCard.load("merged/README.md").data.library_name == "transformers"

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from sftkit import Run, Session
-from sftkit.model import add_lora, load_base, load_trained
+from sftkit.engine import Recorder
+from sftkit.model import add_lora, load_base, load_for_training, load_tokenizer, load_trained
 from sftkit.recipe import ModelError, Recipe, RecipeError
 from running import chat_plan, nats_by_hand, real_rows, steps
 from tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -114,6 +116,35 @@ def test_modules_to_save_are_trained_in_full_and_only_those_named(tmp_path):
     assert trainable == {f"base_model.model.{n}.modules_to_save.default.weight" for n in ("model.norm", "lm_head")}
 
 
+def test_modules_to_save_in_bf16_are_trained_in_fp32_and_stay_so_when_gone_on_with(tmp_path, monkeypatch):
+    "An update of 5e-5 is lost in a weight of bf16; the frozen layers, and what flows between all of them, are in bf16 none the less."
+    untied = save_tiny(tmp_path/"untied", extra=("<|im_start|>", "<|im_end|>"), tie=False)
+    plan = lambda name, **fields: plan_for(untied, name, lr=5e-5, warmup_ratio=0.0, mixed_precision="bf16", save_steps=2, max_steps=4).lora(r=4, dropout=0, targets="q_proj", **fields)
+    whole = plan("whole", modules_to_save="norm,lm_head,embed_tokens")
+    run, base = whole.fit(), load_file(f"{untied}/model.safetensors")
+    stored = load_file("whole/adapter_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32} == {p.dtype for p in run.model.parameters() if p.requires_grad}
+    assert {p.dtype for p in run.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    for name in ("model.norm.weight", "lm_head.weight"): assert (stored["base_model.model." + name] != base[name].bfloat16().float()).float().mean() > 0.9
+    assert (stored["base_model.model.model.embed_tokens.weight"] != base["model.embed_tokens.weight"].bfloat16().float()).any()
+    with torch.no_grad(): assert run.model.get_base_model().model(IDS).last_hidden_state.dtype == torch.bfloat16
+    assert run.generate("turn on light 1", max_new_tokens=2) is not None
+    assert steps(run)[0] == steps(plan("plain").fit())[0]                    # at first the layers are those of the base, to the last bit
+    assert whole.memory().parts["adapter"] == 4 * sum(t.numel() for t in stored.values())
+    usual = Recorder._asked
+    monkeypatch.setattr(Recorder, "_asked", lambda own: usual(own) | ({"stop"} if own.engine.state.global_step == 2 else set()))
+    cut = plan("cut", modules_to_save="norm,lm_head,embed_tokens")
+    assert cut.fit().state == "stopped"
+    monkeypatch.setattr(Recorder, "_asked", usual)
+    assert steps(cut.options(resume=True).fit()) == steps(run)
+    again = load_file("cut/adapter_model.safetensors")
+    assert all(torch.equal(t, again[n]) for n, t in stored.items())
+    r = whole.recipe.replace(project_name="next", continue_from="whole")
+    trained = load_for_training(r, load_tokenizer("whole"), [], torch.device("cpu"), torch.bfloat16)
+    state = get_peft_model_state_dict(trained)
+    assert state.keys() == stored.keys() and all(t.dtype == torch.float32 and torch.equal(t, stored[n]) for n, t in state.items())
+
+
 def test_new_token_rows_are_trained_beside_a_layer_saved_whole(tmp_path):
     plain = save_tiny(tmp_path/"plain")
     plan_for(plain).lora(r=4, dropout=0, modules_to_save="norm").fit()
@@ -142,6 +173,23 @@ def test_layers_that_cannot_be_named_are_refused_before_anything_loads(tiny, mon
     monkeypatch.setattr(sftkit.model, "load_base", None)                      # nothing is loaded
     with pytest.raises(ModelError, match=message): plan_for(tiny, peft=True, **fields).fit()
     assert not Path("run").exists()
+
+
+def test_olora_on_weights_that_lie_the_other_way_round_is_refused_before_anything_loads(tiny_gpt2, monkeypatch):
+    "peft 0.21 factors GPT-2's weights as they lie: an error of torch, or, where a layer is square, another model than the base."
+    import sftkit.model
+    monkeypatch.setattr(sftkit.model, "load_base", None)
+    for fields in (dict(), dict(target_modules="h.0.attn.c_proj")):
+        with pytest.raises(ModelError, match="olora.*does not work on `.*c_.*Conv1D.*'pissa'"): plan_for(tiny_gpt2, chat_template="zephyr", peft=True, init_lora_weights="olora", **fields).fit()
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "gaussian"])
+def test_the_other_initialisations_leave_gpt2_what_it_was(tiny_gpt2, init):
+    base = load_base(tiny_gpt2)
+    before = base(IDS).logits.detach()
+    model = add_lora(base, recipe(lora_r=4, lora_dropout=0.0, init_lora_weights=init)).eval()
+    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
 
 
 def test_an_untied_embedding_can_have_an_adapter(tmp_path):

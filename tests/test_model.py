@@ -7,7 +7,7 @@ import torch
 from sftkit import Run, Session
 from sftkit.model import add_lora, decoder_layers, load_base
 from sftkit.recipe import ModelError, Recipe, RecipeError
-from tiny import save_tiny, write_jsonl
+from tiny import save_tiny, save_tiny_gguf, write_jsonl
 
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
 
@@ -56,12 +56,35 @@ def test_loftq_trains_and_reloads(tmp_path):
     with pytest.raises(RecipeError, match="needs `quantization="): Recipe(model="m", data_path="d", project_name="p", peft=True, init_lora_weights="loftq")
 
 
+def test_acceptance_28_a_model_that_unsloth_lacks_is_said_with_the_remedy(tmp_path, monkeypatch):
+    import sys
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(*args, **kwargs): raise error
+    fake = ModuleType("unsloth")
+    fake.FastLanguageModel, fake.__spec__ = FastLanguageModel, ModuleSpec("unsloth", None)
+    monkeypatch.setitem(sys.modules, "unsloth", fake)
+    monkeypatch.setattr("sftkit.model.unsloth_obstacle", lambda *a: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path)); monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "1"); monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path))
+    plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"r"), unsloth=True).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4)
+    for error in (NotImplementedError("Unsloth: no such family yet!\nMake an issue."), RuntimeError("Unsloth: no such family yet!")):
+        with pytest.raises(ModelError, match=r"Unsloth could not load `.*m` \(\w+: Unsloth: no such family yet!\)\. Leave `unsloth` out"): plan.fit(resume=False)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(ModelError, match="Memory ran out"): plan.fit(resume=False)
+
+
+def quantised_plan(tmp_path, bits="int4", **kw):
+    "A plan on a checkpoint that comes quantised."
+    folder = save_tiny(tmp_path/"m", hidden=64, **kw)
+    load_base(folder, quantization=bits).save_pretrained(tmp_path/"ready")
+    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(tmp_path/"m"/name, tmp_path/"ready"/name)
+    return Session(str(tmp_path/"ready"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+
+
 def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
-    folder = save_tiny(tmp_path/"m", hidden=64)
-    ready, tokenizer = load_base(folder, quantization="int4"), tmp_path/"m"
-    ready.save_pretrained(tmp_path/"ready")
-    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(tokenizer/name, tmp_path/"ready"/name)
-    plan = Session(str(tmp_path/"ready"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+    plan = quantised_plan(tmp_path)
     with pytest.raises(ModelError, match="lora"): plan.fit()
     run = plan.lora(r=4).fit()
     import bitsandbytes as bnb
@@ -69,6 +92,38 @@ def test_a_checkpoint_that_comes_quantised_is_trained_with_an_adapter(tmp_path):
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
     with pytest.raises(ModelError, match="already"): plan.lora(r=4).quantize("int4").fit()
+    with pytest.raises(ModelError, match="'pissa'` rewrites the base weights.*stored quantised"): plan.lora(r=4, init="pissa").fit()
+
+
+@pytest.mark.parametrize("bits,cls,rounding", [("int4", "llama", 1e-4), ("int8", "llama", 0.1), ("int4", "gpt2", 1e-4)])      # of inputs too, in int8
+def test_an_adapter_on_a_checkpoint_that_comes_quantised_is_merged_into_what_that_computes_with(tmp_path, bits, cls, rounding):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    plan = quantised_plan(tmp_path, bits, cls=cls).lora(r=4, dropout=0)
+    run, ids = plan.fit(), torch.tensor([[5, 9, 300, 44, 61, 7]])
+    result = run.merge(tmp_path/"out")
+    assert result.max_difference < 1e-4 and result.trained_difference < rounding
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path/"out")
+    with torch.no_grad():
+        assert (merged(ids).logits - run.model(ids).logits).abs().max() < rounding
+        with run.model.disable_adapter(): assert (merged(ids).logits - run.model(ids).logits).abs().max() > 0.1
+    assert not hasattr(merged.config, "quantization_config")
+    whole, got = load_file(tmp_path/"m"/"model.safetensors"), load_file(tmp_path/"out"/"model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in got.items()} == {n: (t.shape, t.dtype) for n, t in whole.items()}
+
+
+def test_a_checkpoint_whose_weights_nobody_here_unpacks_cannot_be_merged_and_that_is_said_first(tmp_path):
+    import json
+    from sftkit.export import merge
+    from sftkit.recipe import RunError
+    folder = tmp_path/"m"
+    plan = Session(save_tiny(folder), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).options(epochs=1)
+    run = plan.lora(r=4).fit()
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="gptq", bits=4))))
+    with pytest.raises(ModelError, match="stored quantised \\(gptq\\).*Leave `merge_adapter` out"): plan.options(project_name=str(tmp_path/"x")).lora(r=4, merge=True).fit()
+    assert not (tmp_path/"x").exists()
+    with pytest.raises(RunError, match="stored quantised \\(gptq\\).*The adapter itself works"): merge(run.path, tmp_path/"out", [[5, 6]])
 
 
 def test_a_gguf_file_is_read_and_trained_on(tmp_path):
@@ -85,6 +140,30 @@ def test_a_gguf_file_is_read_and_trained_on(tmp_path):
     with torch.no_grad(): theirs = whole(ids).logits
     assert torch.equal(ours, theirs)
     with pytest.raises(ModelError, match="no file"): Session(str(tmp_path/"none.gguf"), project=str(tmp_path/"x")).data(str(tmp_path/"d.jsonl")).fit()
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_a_gguf_file_is_quantised_from_its_plain_numbers_and_its_header_is_read_once(tmp_path, monkeypatch, bits):
+    import bitsandbytes as bnb
+    import gguf
+    source, read = save_tiny_gguf(tmp_path/"tiny.gguf", hidden=64), []
+    real = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path, *a: read.append(path) or real(path, *a))
+    plan = Session(source, project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS)).lora(r=4, dropout=0).quantize(bits).options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-2)
+    run = plan.fit()
+    assert len(read) == 2                                            # its header, then its weights
+    layers = [m for m in run.model.modules() if isinstance(m, bnb.nn.Linear4bit if bits == "int4" else bnb.nn.Linear8bitLt)]
+    assert len(layers) == 14 and run.history.loss.iloc[-1] < run.history.loss.iloc[0]
+    plain, ids = load_base(source), torch.tensor([[5, 9, 300, 44, 61, 7]])
+    plain.save_pretrained(tmp_path/"plain")
+    with torch.no_grad(), run.model.disable_adapter(): ours, theirs = run.model(ids).logits, load_base(str(tmp_path/"plain"), quantization=bits)(ids).logits
+    assert torch.equal(ours[..., :theirs.shape[-1]], theirs)         # the tokenizer has a token more than the model
+    assert Run.open(run.path).generate("what is it ", max_new_tokens=6) == run.generate("what is it ", max_new_tokens=6)
+    assert run.merge(tmp_path/"out").max_difference < 1e-4
+    before = len(read)
+    load_base(source)
+    save_tiny_gguf(tmp_path/"tiny.gguf", hidden=32)
+    assert load_base(source).config.hidden_size == 32 and len(read) == before + 3     # another file by that name is read anew
 
 
 def test_merged_folder_can_be_read_by_others_and_its_difference_is_honest(tmp_path):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from conftest import CHAT
 from running import losses, until
 from sftkit import Run, Session
-from sftkit.recipe import RecipeError, RunError
+from sftkit.recipe import RecipeError, RunError, SftkitError
 
 FAST = dict(epochs=1, batch_size=4, gradient_accumulation=1, lr=1e-3)
 LONG = {**FAST, "epochs": 400, "save_steps": 5}
@@ -62,6 +62,20 @@ def test_mistakes_are_raised_here_and_start_nothing(tiny, chat_file):
     Path("full").mkdir(); Path("full/thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="holds other files"): Session(tiny, "full").data(chat_file).start()
     assert os.listdir("full") == ["thesis.txt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("fields,message", [(dict(mixed_precision="fp16"), "needs an NVIDIA GPU"), (dict(log="trackio"), "pip install trackio"), (dict(log="wandb"), "wandb"),
+                                            (dict(gpus=2, distributed_backend="deepspeed"), "pip install deepspeed"), (dict(gpus=2, distributed_backend="fsdp"), "needs GPUs")], ids=str)
+def test_what_this_machine_lacks_is_said_before_an_earlier_run_is_set_aside(tiny, chat_file, monkeypatch, fields, message):
+    import importlib.util
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in ("trackio", "wandb", "deepspeed") else found(name, *a))
+    plan = Session(tiny, "kept").data(chat_file).options(**FAST)
+    Path("kept").mkdir()
+    Path("kept/recipe.yaml").write_text(plan.to_yaml()); Path("kept/result").write_text("of an earlier run")
+    with pytest.raises(SftkitError, match=message): plan.start(**fields)
+    assert sorted(os.listdir("kept")) == ["recipe.yaml", "result"] and not Path("kept.1").exists()
 
 
 def test_killed_worker_shows_as_died_and_is_gone_on_with(tiny, chat_file):

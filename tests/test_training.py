@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from sftkit.model import load_base, load_trained
 from sftkit.recipe import DataError, ModelError, RecipeError, RunError
 from sftkit.engine import Engine, NonFiniteLoss, Recorder
 from sftkit.training import Trainer
-from running import chat_plan, environment, losses, nats_by_hand, real_rows, until
-from tiny import write_jsonl
+from running import chat_plan, environment, losses, nats_by_hand, real_rows, steps, until
+from tiny import save_tiny, write_jsonl
 
 def plan_for(model, source, project="run", **fields): return chat_plan(model, project, source, epochs=1, **fields)
 
@@ -68,6 +69,26 @@ def test_acceptance_15_padding_side_reaches_the_batch(tiny):
     assert left["attention_mask"][short, 0] == 0 and left["attention_mask"][short, -1] == 1
     assert right["attention_mask"][short, 0] == 1 and right["attention_mask"][short, -1] == 0
     assert left["position_ids"][short][left["attention_mask"][short].bool()].tolist() == list(range(int(left["attention_mask"][short].sum())))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_acceptance_13_pad_that_is_eos_changes_nothing_of_the_training(tmp_path, lora):
+    "A padding token that a model's configuration names has no gradient in its embedding; here it ends every turn, and is a token like any other."
+    markers = ("<|system|>", "<|user|>", "<|assistant|>")
+    save_tiny("named", extra=() if lora else markers, pad="</s>", tie=False)
+    shutil.copytree("named", "unnamed")
+    config = json.loads(Path("named/config.json").read_text())
+    assert config["pad_token_id"] == config["eos_token_id"]
+    Path("unnamed/config.json").write_text(json.dumps(config | dict(pad_token_id=None)))
+    plans = [plan_for(name, CHAT, f"run-{name}", chat_template="zephyr", max_steps=3, batch_size=4, gradient_accumulation=1) for name in ("named", "unnamed")]
+    named, unnamed = ((plan.lora(r=4, dropout=0, modules_to_save="embed_tokens") if lora else plan).fit() for plan in plans)
+    for field in ("loss", "grad_norm"): assert steps(named, field) == steps(unnamed, field)
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    a, b = load_file(named.path/file), load_file(unnamed.path/file)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    before = load_base("unnamed").get_input_embeddings().weight[config["eos_token_id"]]
+    after = next(t for n, t in a.items() if n.endswith("embed_tokens.weight"))[config["eos_token_id"]]
+    assert (after - before).abs().max() > 1e-3
 
 
 def test_acceptance_25_batch_1_times_32_is_batch_32(tiny):
@@ -147,6 +168,31 @@ def test_int4_gradients_survive_an_evaluation_before_training(tiny_wide):
         p.weight.data = bnb.functional.dequantize_4bit(q.weight.data, q.weight.quant_state).float()
     a, b = gradients(quantised), gradients(plain)
     assert max(((a[n] - b[n]).norm() / b[n].norm()).item() for n in a) < 1e-4
+
+
+def test_acceptance_05_the_split_that_is_named_is_trained_on(tiny, monkeypatch):
+    "Of a folder, a hub id and a DatasetDict; in a plan, its script, its YAML and on the command line. Another one is evaluated."
+    import datasets
+    from sftkit.cli import main
+    parts = dict(train=CHAT[:16], shouted=CHAT[16:32], validation=CHAT[32:40])
+    Path("rows").mkdir()
+    for name, rows in parts.items(): write_jsonl(f"rows/{name}.jsonl", rows)
+    many = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **k: many)
+    fields = dict(chat_template="chatml", lr=1e-2, max_steps=2, batch_size=4, gradient_accumulation=1)
+    plan = lambda project, source, **more: Session(tiny, project=project, **fields).data(source, **more)
+    kept = lambda run: (losses(run), [e["loss"] for e in run.events if e["kind"] == "eval"])
+    expected = kept(plan("file", "rows/shouted.jsonl", eval=Path("rows/validation.jsonl")).fit())
+    assert expected[1] and expected[0] != losses(plan("train", "rows").fit())
+    for name, source in (("folder", "rows"), ("hub", "acme/rows"), ("dict", many)):
+        named = plan(name, source, split="shouted", eval="validation")
+        assert kept(named.fit()) == expected and named.recipe.train_split == "shouted"
+    again = plan("again", "rows", split="shouted", eval="validation")
+    again.to_yaml("again.yaml")
+    assert kept(Session.from_yaml("again.yaml").fit()) == expected and "split='shouted'" in again.to_script()
+    flags = [word for name, value in (fields | dict(model=tiny, data_path="rows", project_name="flags", train_split="shouted", valid_split="validation")).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["llm", *flags]) == 0 and kept(Run.open("flags")) == expected
+    with pytest.raises(DataError, match="no split `shoutd`. Splits: train, validation, shouted.*Did you mean `shouted`"): plan("wrong", "rows", split="shoutd").fit()
 
 
 def test_acceptance_19_validation_is_evaluated_and_shares_no_row(tiny, tmp_path):

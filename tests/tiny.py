@@ -45,6 +45,25 @@ def save_tiny(folder, **kw):
     return str(folder)
 
 
+def save_tiny_gguf(path, hidden=32, extra=()):
+    "A tiny Llama with its tokenizer as a GGUF file; returns its path as text."
+    import gguf
+    tok = tiny_tokenizer(extra=extra)
+    model = tiny_model(tok, hidden=hidden)
+    c, writer = model.config, gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("tiny"); writer.add_context_length(512); writer.add_vocab_size(len(tok)); writer.add_embedding_length(hidden); writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_block_count(c.num_hidden_layers); writer.add_head_count(c.num_attention_heads); writer.add_head_count_kv(c.num_key_value_heads); writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0); writer.add_tokenizer_model("gpt2"); writer.add_token_list(tok.convert_ids_to_tokens(range(len(tok))))
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(tok.backend_tokenizer.to_str())["model"]["merges"]])
+    writer.add_token_types([3 if i in tok.added_tokens_decoder else 1 for i in range(len(tok))])
+    writer.add_bos_token_id(tok.bos_token_id); writer.add_eos_token_id(tok.eos_token_id); writer.add_pad_token_id(tok.pad_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight": writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+    return str(path)
+
+
 def write_jsonl(path, rows):
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     return str(path)
