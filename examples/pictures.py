@@ -15,12 +15,12 @@ from browser import headless, lab, notebook, write_notebook
 from tiny import save_tiny
 
 
-def screenshot(html, path, width, height):
-    "PNG of an HTML fragment, through Chromium."
+def screenshot(html, path, width):
+    "PNG of an HTML fragment, as high as it is, through Chromium."
     with headless() as browser:
-        page = browser.new_page(viewport=dict(width=width, height=height), device_scale_factor=2)
+        page = browser.new_page(viewport=dict(width=width, height=100), device_scale_factor=2)
         page.set_content(f'<!doctype html><body style="margin:14px;background:#fff;color:#222;font:14px system-ui,\'DejaVu Sans\',sans-serif">{html}')
-        page.screenshot(path=path)
+        page.screenshot(path=path, full_page=True)
 
 
 def compared():
@@ -89,9 +89,7 @@ def main():
     live_picture()
     widget_pictures()
     run, rows = Run.open("runs/home-assistant"), [json.loads(line) for line in open(sample_data() / "test.jsonl", encoding="utf-8")]
-    plan = Session(sample_model(), project="home-assistant").data(sample_data() / "train.jsonl", eval=sample_data() / "test.jsonl").template("chatml").lora(r=16, dropout=0)
-    screenshot(plan.preview(n=2).html, DOCS / "preview.png", 960, 362)
-    screenshot(run._repr_html_(), DOCS / "curve.png", 800, 500)
+    screenshot(run._repr_html_(), DOCS / "curve.png", 800)
     answers = run.versus_base(rows, max_new_tokens=40)
     exact = {name: sum(a[name].strip() == a["reference"] for a in answers) for name in ("base", "tuned")}
     history = run.history
