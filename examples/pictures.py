@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sftkit import Run, Session, sample_data, sample_model
+from sftkit import Run, Session, sample_data
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 sys.path.insert(0, str(DOCS.parent / "tests"))

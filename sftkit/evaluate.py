@@ -7,7 +7,7 @@ __all__ = ['perplexity', 'generate', 'stream', 'exact_match', 'bleu', 'rouge', '
            'evaluate']
 
 # %% ../nbs/08_evaluate.ipynb #c48d893a
-import importlib, importlib.util, math, queue, threading
+import importlib, importlib.util, logging, math, queue, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 import torch
@@ -83,9 +83,13 @@ def _new_ids(model, prompts, stop_ids, max_new_tokens, sampling, **engine):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     own = [(m, m.generation_config) for m in {model, causal_lm(model)} if "generation_config" in vars(m)] # an adapter's wrapper may hold one beside the model's
     for holder, _ in own: holder.generation_config = config
+    reminder = logging.getLogger("transformers.generation.stopping_criteria") # that positions stated by a model end, where rotary ones go on
+    level = reminder.level
     try:
+        reminder.setLevel(logging.ERROR)
         with inference(model): return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **engine)[:, width:].tolist()
     finally:
+        reminder.setLevel(level)
         for holder, kept in own: holder.generation_config = kept
 
 def _text(tokenizer, ids, stop_ids, skip_special_tokens):

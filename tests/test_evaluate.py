@@ -358,3 +358,14 @@ def test_evaluate_refuses_before_it_runs(tok, monkeypatch):
     find = ev.importlib.util.find_spec
     monkeypatch.setattr(ev.importlib.util, "find_spec", lambda name: None if name == "rouge_score" else find(name))
     with pytest.raises(DataError, match="pip install rouge-score"): evaluate(None, tok, ROWS, None, metrics="rouge")
+
+
+def test_answers_past_the_positions_that_a_rotary_model_states_are_given_without_a_word(monkeypatch):
+    import logging
+    from tiny import tiny_model, tiny_tokenizer
+    tok, said = tiny_tokenizer(), []
+    handler = logging.Handler(); handler.emit = said.append
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    model = tiny_model(tok)
+    model.config.max_position_embeddings = 8
+    assert generate(model, tok, [[5, 6, 7, 8]], max_new_tokens=12, stop_ids=[]) and not said

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CHAT, TEXT
+from conftest import CHAT
 from sftkit import Run, train
 from sftkit.recipe import ModelError, RunError
-from running import chat_plan, environment, nats_by_hand, real_rows, steps
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from running import chat_plan, environment, steps
+from tiny import tiny_model, tiny_tokenizer
 
 MARKERS = ("<|im_start|>", "<|im_end|>")
 

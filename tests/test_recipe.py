@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, TEXT
-from sftkit import Run, Session
+from conftest import CHAT
+from sftkit import Run
 from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, hub_access, parse_args, recipe_fields, without_effect
 from running import chat_plan, nats_by_hand, real_rows, steps
-from tiny import save_tiny, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 
 def plan_for(model, project="run", source=CHAT, **fields): return chat_plan(model, project, source,
