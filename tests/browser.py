@@ -12,7 +12,7 @@ import contextlib, importlib.util, json, os, shutil, signal, socket, subprocess,
 from dataclasses import dataclass
 from pathlib import Path
 
-from running import PYTHON, environment
+from running import PYTHON, ROOT, environment # noqa: F401
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
