@@ -82,7 +82,7 @@ def resume(args):
     from sftkit.launch import wants_processes
     run = _run(args, "resume")
     if run.state == "finished": print(f"`{run.directory.shown}` is finished, so there is nothing to go on with.")      # a job that is queued again ends well
-    elif run.directory.is_running(): print(run.resume())                                                                           # paused: its own processes go on
+    elif run.directory.is_running(): print(run.resume())        # paused: its own processes go on
     elif wants_processes(recipe := run._here.replace(resume=True)): return _launched(recipe)
     else: print(run := run.resume())
     return _exit_code(run)
@@ -136,7 +136,8 @@ def main(
     argv:list|None=None, # words after `sftkit`; by default those of this process
 )->int: # exit code: 0 done, 1 refused or failed, 130 interrupted
     "The command `sftkit`. Errors of sftkit are printed without a traceback, unless `--traceback` asks for one."
-    if argv is None and not {"", os.getcwd()} & set(sys.path): sys.path.insert(0, os.getcwd())        # as `python -m sftkit` has it: for `--trainer module:Class`
+    if argv is None and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())                     # as `python -m sftkit` has it: for `--trainer module:Class`
     argv = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in argv
     argv = [a for a in argv if a != "--traceback"]

@@ -363,8 +363,10 @@ class Encoder:
         mask[n:], mask[:1] = False, True
         labels[mask] = -100
         def shown(first, start): # a token that begins with the template's space and goes on with what is said belongs to what is said
-            return first - 1 if first and places is not None and places[first - 1, 1] > start and not text[places[first - 1, 0]:start].strip() else first
-        roles = [(0, "template")] * bool(before) + [(at + shown(first, span[0]), span[2]) for span, (first, _) in zip(spans, ranges)] + [(n, "eos")] * bool(after)
+            straddles = first and places is not None and places[first - 1, 1] > start and not text[places[first - 1, 0]:start].strip()
+            return first - 1 if straddles else first
+        said = [(at + shown(first, span[0]), span[2]) for span, (first, _) in zip(spans, ranges)]
+        roles = [(0, "template")] * bool(before) + said + [(n, "eos")] * bool(after)
         if places is not None: places = np.concatenate([np.zeros((at, 2), np.int32), places, np.full((len(after), 2), len(text), np.int32)])
         return _Tokens(text, [*before, *ids, *after], labels, places, roles, notes)
 

@@ -24,7 +24,7 @@ import threading
 from running import PYTHON, environment
 
 IMPORTED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pandas", "pyarrow.parquet",
-            "bitsandbytes", "wandb", "psutil", "jinja2", "yaml", "httpx", "ipykernel.kernelapp", "ipywidgets", "anywidget", "plotly.graph_objects")
+            "bitsandbytes", "wandb", "psutil", "jinja2", "yaml", "httpx")      # nothing of IPython, by which tqdm knows a notebook
 READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "IPYTHON", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
 CLIENT = '''#!{python} -SI
 import json, os, signal, socket, struct, sys
