@@ -239,7 +239,7 @@ def test_acceptance_24_killed_and_resumed_is_bit_identical(tiny, chat_file):
             assert killed.poll() is None
             return f'"kind": "step", "step": {after_step}' in (events.read_text() if events.exists() else "")
         until(reached, 180, every=0.002)
-        killed.send_signal(signal.SIGKILL); killed.wait()
+        os.kill(Run.open(name).directory.status()["pid"], signal.SIGKILL); killed.wait()
         assert whole.wait(180) == 0
         run = Run.open(name)
         if run.state == "finished": pytest.fail("the run ended before it was killed; raise the number of steps")
