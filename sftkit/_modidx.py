@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.charts.Thinned.add': ('charts.html#thinned.add', 'sftkit/charts.py'),
                                'sftkit.charts.Thinned.keep': ('charts.html#thinned.keep', 'sftkit/charts.py'),
                                'sftkit.charts._apart': ('charts.html#_apart', 'sftkit/charts.py'),
+                               'sftkit.charts._figure_class': ('charts.html#_figure_class', 'sftkit/charts.py'),
                                'sftkit.charts._gaps': ('charts.html#_gaps', 'sftkit/charts.py'),
                                'sftkit.charts._look': ('charts.html#_look', 'sftkit/charts.py'),
                                'sftkit.charts._loss_range': ('charts.html#_loss_range', 'sftkit/charts.py'),

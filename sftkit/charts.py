@@ -10,7 +10,7 @@ __all__ = ['INK', 'EVAL_INK', 'ALARM', 'LOSSES', 'PANELS', 'PART_INKS', 'visible
            'history_figure', 'compare_figure']
 
 # %% ../nbs/13_charts.ipynb #19be3554
-import base64, bisect, html, math, re, threading
+import base64, bisect, functools, html, math, re, threading
 from .recipe import local_name
 from .events import RUNNING, undone
 
@@ -652,27 +652,41 @@ def compare_svg(
     return _svg(width, height, "".join(body), role="img", aria_label="loss of several runs by optimizer step", font_family=_FONT)
 
 # %% ../nbs/13_charts.ipynb #15da231d
+@functools.cache
+def _figure_class(): # plotly takes half a second to import, and is imported for the first figure
+    import plotly.graph_objects as go
+    import plotly.io
+    class Figure(go.Figure):
+        "A plotly figure that a notebook stores as its numbers and as a picture."
+        _picture = ""                                                # HTML
+        def _ipython_display_(self):
+            if set(plotly.io.renderers.default.split("+")) & {"plotly_mimetype", "vscode"}: raise NotImplementedError  # IPython goes on with the bundle
+            super()._ipython_display_()
+        def _repr_mimebundle_(self, include=None, exclude=None):
+            return {**plotly.io.renderers["plotly_mimetype"].to_mimebundle(self.to_dict()), "text/html": self._picture, "text/plain": repr(self)}
+        def __reduce__(self): return go.Figure, (self.to_dict(),)
+    return Figure
+
 def _look(fig): # on light and dark
     grid = dict(gridcolor="rgba(128,128,128,.2)", zerolinecolor="rgba(128,128,128,.3)", linecolor="rgba(128,128,128,.5)")
     fig.update_layout(height=480, margin=dict(l=60, r=60, t=40, b=45), hovermode="x unified", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
                       font=dict(color=INK, size=12), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), hoverlabel=dict(font=dict(color="#222")))
     fig.update_xaxes(**grid); fig.update_yaxes(**grid)
 
-def _gaps(y): return [v if math.isfinite(v) else None for v in y]
+def _gaps(y): return [float(f"{v:.6g}") if math.isfinite(v) else None for v in y] # more digits are none that one sees, and fill a notebook
 
 def history_figure(
     events, # events of a run, or a `Progress`
     max_points:int=2000, # per curve
 ): # plotly.graph_objects.Figure
     "Loss above; learning rate and gradient norm below, on a common step axis."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    curves = series(events, max_points)
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.7, 0.3], vertical_spacing=0.06, specs=[[{}], [{"secondary_y": True}]])
-    def line(name, label, row, color, width=1.0, opacity=1.0, mode="lines", **kw):
+    p = as_progress(events)
+    curves, fig = series(p, max_points), _figure_class()()
+    make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.7, 0.3], vertical_spacing=0.06, specs=[[{}], [{"secondary_y": True}]], figure=fig)
+    def line(name, label, row, color, width=1.0, opacity=1.0, mode="lines", trace=dict(), **where):
         x, y = curves[name]
-        trace = go.Scatter(x=x, y=_gaps(y), name=label, mode=mode, line=dict(color=color, width=width), opacity=opacity, **kw.pop("trace", {}))
-        fig.add_trace(trace, row=row, col=1, **kw)
+        fig.add_scatter(x=x, y=_gaps(y), name=label, mode=mode, line=dict(color=color, width=width), opacity=opacity, row=row, col=1, **trace, **where)
     line("loss", "loss of each step", 1, _TRAIN, opacity=0.4)
     line("smooth_loss", "smoothed", 1, _TRAIN, width=2.4)
     line("eval_loss", "evaluation", 1, EVAL_INK, mode="lines+markers", trace=dict(marker=dict(symbol="circle-open", size=9)))
@@ -683,6 +697,8 @@ def history_figure(
     fig.update_yaxes(title="loss (nats per token)", row=1, col=1)
     fig.update_yaxes(title="learning rate", row=2, col=1, secondary_y=False, exponentformat="e")
     fig.update_yaxes(title="gradient norm", showgrid=False, tickmode="auto", nticks=4, row=2, col=1, secondary_y=True)
+    few = series(p, 300)
+    fig._picture = "".join(tag("div", svg_image(svg, what)) for svg, what in ((curve_svg(few, p.marks), "loss by optimizer step"), (panels_svg(few), "learning rate, gradient norm and speed")))
     return fig
 
 def compare_figure(
@@ -690,14 +706,16 @@ def compare_figure(
     max_points:int=2000, # per curve
 ): # plotly.graph_objects.Figure
     "The losses of several runs on common axes; evaluations are rings."
-    import plotly.graph_objects as go
-    fig = go.Figure()
-    for i, (name, events) in enumerate(runs.items()):
-        curves, name, ink = series(events, max_points, ("loss", "eval_loss")), visible(clip(name, 200)), run_ink(i)[0]
+    fig, runs = _figure_class()(), {visible(clip(name, 200)): as_progress(events) for name, events in runs.items()}
+    for i, (name, p) in enumerate(runs.items()):
+        curves, ink = series(p, max_points, ("loss", "eval_loss")), run_ink(i)[0]
         x, y = curves["loss"]
         fig.add_scatter(x=x, y=_gaps(y), mode="lines", name=name, line=dict(color=ink, width=1.4))
         x, y = curves["eval_loss"]
         if x: fig.add_scatter(x=x, y=_gaps(y), mode="markers", name=f"{name} eval", marker=dict(color=ink, symbol="circle-open", size=9))
     _look(fig)
     fig.update_xaxes(title="optimizer step"); fig.update_yaxes(title="loss (nats per trained token)")
+    few = {name: compare_curves(p, 200) for name, p in runs.items()}
+    legend = "".join(legend_entry(f"{i + 1} {name}", run_ink(i)[0]) for i, name in enumerate(runs))
+    fig._picture = tag("div", svg_image(compare_svg(few), f"losses of {len(runs)} runs by optimizer step")) + tag("div", legend, style="font-size:12px")
     return fig

@@ -296,7 +296,8 @@ class Engine(SFTTrainer):
         step = self.best_step or self.state.global_step if when == "after" else when
         if step not in self.answered:
             self.recorder.add("doing", text=f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
-            answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], max_new_tokens=64, batch_size=size, stop_ids=d.stop_ids)
+            enough = [len(d.tokenizer(reference)["input_ids"]) + 8 if reference else 64 for _, reference, _ in prompts]      # to see where it goes on or astray
+            answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], min(64, max(enough)), size, d.stop_ids)
             self.answered[step] = self._in_memory(answer, len(prompts), True)
         for (prompt, reference, _), text in zip(prompts, self.answered[step]):
             self.recorder.add("sample", when=when, prompt=prompt, reference=reference, text=text)

@@ -19,6 +19,11 @@ CHAT = [{"messages": [{"role": "user", "content": f"turn {'on' if i % 3 else 'of
 TEXT = [{"text": f"Question: what is {i}? " + "Answer: it is " * (1 + i % 3) + f"{i % 5}."} for i in range(40)]
 
 
+def pytest_xdist_auto_num_workers(config):
+    "`-n auto`: one more than there are cores, since a browser, or a process that was started, is often waited for."
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def frozen_imports():
     "Each run looks for what it can free; what was imported need not be looked through every time."

@@ -483,11 +483,22 @@ def test_a_figure_of_several_runs_is_thinned_with_its_extremes():
     assert [len(t.x) <= 2000 for t in fig.data] == [True] * 4 and max(v for v in fig.data[0].y if v is not None) == 77.0 and None in fig.data[0].y and len(fig.data[2].x) == 30
     assert "\u202e" not in fig.data[0].name and len(fig.data[0].name) < 300 and len(fig.to_json()) < 120_000
 
-def test_views_import_nothing_heavy():
-    import subprocess
-    from running import PYTHON
-    code = "import sys, sftkit.view; print([m for m in ('torch', 'transformers', 'ipywidgets', 'plotly', 'IPython', 'pandas', 'numpy') if m in sys.modules])"
-    assert subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"
+@pytest.mark.parametrize("shown", ["plotly_mimetype+notebook", "plotly_mimetype", "vscode", "colab", "browser"])
+def test_a_figure_is_stored_as_its_numbers_and_a_picture_without_plotly_itself(shown, monkeypatch):
+    import pickle
+    import plotly.graph_objects as go
+    import plotly.io
+    from IPython.core.interactiveshell import InteractiveShell
+    monkeypatch.setattr(plotly.io.renderers, "_default_name", shown)
+    monkeypatch.setattr(plotly.io, "show", lambda fig: asked.append(fig))
+    asked, events = [], list(made_up_run(10_000))
+    for fig in history_figure(events), charts.compare_figure({"a\u202e<b>": events, "b": made_up_run(30)}):
+        bundle, _ = InteractiveShell.instance().display_formatter.format(fig)
+        if shown in ("colab", "browser"): assert bundle == {} and asked.pop() is fig; continue
+        assert asked == [] and set(bundle) == {"application/vnd.plotly.v1+json", "text/html", "text/plain"} and len(json.dumps(bundle)) < 200_000
+        picture, drawn = bundle["text/html"], bundle["application/vnd.plotly.v1+json"]
+        assert "<img" in picture and "<script" not in picture and "data:image/svg+xml;base64," in picture and drawn["data"] and drawn["layout"]
+        assert type(again := pickle.loads(pickle.dumps(fig))) is go.Figure and again.to_dict().keys() == fig.to_dict().keys()
 
 
 # --- scores, panels, and rows that mean harm
@@ -559,3 +570,9 @@ def test_hostile_text_in_every_view(text):
         assert not set(said) & set("\x00\x1b\u202e\u2066\u200f\ud800") and len(said) < 400_000
     assert "50 more rows" in repr(many) and "50 more rows" in many._repr_html_() and all(re.match(r" *(prompt|reference|base|tuned): | {11}|✓|$", line) for line in repr(many).splitlines())
     assert view.compare_text([dict(prompt="a\n    tuned: b")]) == "   prompt: a\n" + " " * 15 + "tuned: b"
+
+def test_views_import_nothing_heavy():
+    import subprocess
+    from running import PYTHON
+    code = "import sys, sftkit.view; print([m for m in ('torch', 'transformers', 'ipywidgets', 'plotly', 'IPython', 'pandas', 'numpy') if m in sys.modules])"
+    assert subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True, cwd=Path(view.__file__).parent.parent).stdout.strip() == "[]"

@@ -1,5 +1,6 @@
 """A Python that starts at once. PyTorch and a few others take seconds to import, and the tests start some two hundred processes: so a server imports
-them once, and forks for each process that is asked for. Hugging Face's libraries and sftkit are imported in the fork, as in any new process.
+them once, and forks for each process that is asked for. Two further ones have Hugging Face's libraries too: one for scripts and one for notebooks, since
+tqdm and transformers settle on import which of them they are in. sftkit is imported in the fork, as in any new process.
 
 `start()` gives the path of a program to use in place of `sys.executable`. It hands its words, environment, folder and open files to the server,
 passes signals on, ends as the fork ends, and the fork ends with it. Where a fork would not be what a new process is (options of Python, variables that
@@ -20,20 +21,25 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
+import unittest.mock
 
 from running import PYTHON, environment
 
 IMPORTED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pandas", "pyarrow.parquet",
             "bitsandbytes", "wandb", "psutil", "jinja2", "yaml", "httpx")      # nothing of IPython, by which tqdm knows a notebook
-READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "IPYTHON", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
+HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets", "peft", "trl")
+NOTEBOOK = ("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "anywidget", "tqdm.auto")
+READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
+READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "PYTHONPATH", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, PYTHONPATH by what is found on it
 CLIENT = '''#!{python} -SI
 import json, os, signal, socket, struct, sys
 words = sys.argv[1:]
-kept = {{k: v for k, v in os.environ.items() if k.startswith({read!r})}}
+def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(names)}}
 plain = words[1:] if words[:1] == ["-u"] else words
-if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept != {kept!r}: os.execv({python!r}, [{python!r}, *words])
+if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept({read!r}) != {kept!r}: os.execv({python!r}, [{python!r}, *words])
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
-server.connect({address!r})
+server.connect({address!r} + ("" if kept({read_too!r}) != {kept_too!r} else ".notebook" if "ipykernel_launcher" in plain else ".script"))
 asked = json.dumps(dict(words=words, env=dict(os.environ), folder=os.getcwd())).encode()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT): signal.signal(number, lambda n, frame: server.send(bytes([n])))
 socket.send_fds(server, [struct.pack("!I", len(asked))], [0, 1, 2])
@@ -63,23 +69,33 @@ def start(
 
 def _program(folder):
     address, program = f"{folder}/server", f"{folder}/python"
-    kept = {k: v for k, v in os.environ.items() if k.startswith(READ)}
-    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept, address=address))
+    def kept(names): return {k: v for k, v in environment().items() if k.startswith(names)}
+    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept(READ), read_too=READ_TOO, kept_too=kept(READ_TOO), address=address))
     os.chmod(program, 0o755)
     return program
 
 
 def serve(address, *modules):
     "Returns in each fork, with what was asked for and the program to start others with."
-    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-        listener.bind(address)
+    listeners = {kind: socket.socket(socket.AF_UNIX) for kind in ("", ".script", ".notebook")}
+    for kind, listener in listeners.items():
+        listener.bind(address + kind)
         listener.listen(64)
+    print("who asks waits", flush=True)
+    for name in modules: importlib.import_module(name)
+    own = next((kind for kind in (".script", ".notebook") if not os.fork()), "")
+    if own == ".script":
+        for name in HUGGING_FACE: importlib.import_module(name)
+    if own == ".notebook":
+        import IPython
+        with unittest.mock.patch("IPython.get_ipython", lambda: types.SimpleNamespace(config={"IPKernelApp": {}})):
+            for name in NOTEBOOK + HUGGING_FACE: importlib.import_module(name)
+    gc.freeze()                                                         # what is imported is not looked through again in each fork
+    for kind in listeners.keys() - {own}: listeners[kind].close()
+    with listeners[own] as listener, selectors.DefaultSelector() as selector:
         children = {}                                                   # connection: pid
         selector.register(listener, selectors.EVENT_READ, "asked")
         selector.register(0, selectors.EVENT_READ, "over")
-        print("who asks waits", flush=True)
-        for name in modules: importlib.import_module(name)
-        gc.freeze()                                                     # what is imported is not looked through again in each fork
         while True:
             for key, _ in selector.select():
                 if key.data == "over":
@@ -134,7 +150,6 @@ def become(asked, files, program):
         return lambda: runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     sys.argv = ["-c", *words[1:]] if kind == "-c" else [kind, *words]
     if kind != "-c": return lambda: runpy.run_path(kind, run_name="__main__")
-    import types
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     return lambda: exec(compile(words[0], "<string>", "exec"), main.__dict__)
 
