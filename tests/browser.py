@@ -97,12 +97,13 @@ def lab(root_dir, env=None):
     root_dir, port = Path(root_dir).resolve(), _free_port()
     with tempfile.TemporaryDirectory(prefix="sftkit-lab-") as aside, contextlib.ExitStack() as stack:
         token, log = "sftkit-test", Path(aside)/"lab.log"
-        kernel_env = environment(OMP_NUM_THREADS="1", IPYTHONDIR=f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, **(env or {}))
+        kernel_env = environment(OMP_NUM_THREADS="1", IPYTHONDIR=f"{aside}/ipython", **{f"JUPYTER_{k}_DIR": f"{aside}/{k.lower()}" for k in ("CONFIG", "DATA", "RUNTIME")}, JUPYTER_PATH=f"{aside}/data", **(env or {}))
         for name in ("SFTKIT_RENDERER", "VSCODE_PID", "JPY_SESSION_NAME"):
             if name not in (env or {}): kernel_env.pop(name, None)
         command = [PYTHON, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-                   f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
-        kernel = Path(aside)/"data"/"kernels"/"python3"/"kernel.json"
+                   f"--ServerApp.root_dir={root_dir}", "--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+                   "--ServerApp.tornado_settings={'page_config_data': {'buildCheck': False, 'buildAvailable': False}}"]         # else each page starts node
+        kernel = Path(aside)/"data"/"kernels"/"python3"/"kernel.json"         # on JUPYTER_PATH, since an environment's own kernel goes before that of the user
         kernel.parent.mkdir(parents=True)
         kernel.write_text(json.dumps(dict(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3", language="python")))
         quiet = Path(aside)/"settings"/"@jupyterlab"/"apputils-extension"

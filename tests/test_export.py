@@ -65,7 +65,7 @@ def holds_no_token(folder, *more):
 def run_example(card, folder):
     "Run a card's example as it stands, in `folder`."
     code, = re.findall(r"```python\n(.*?)\n```", card, re.S)
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run([sys.executable, "-c", f"import warnings; warnings.simplefilter('error', UserWarning)\n{code}"], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     return done.stdout.rstrip("\n")
 

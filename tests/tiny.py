@@ -45,8 +45,8 @@ def save_tiny(folder, **kw):
     return str(folder)
 
 
-def save_tiny_gguf(path, hidden=32, extra=()):
-    "A tiny Llama with its tokenizer as a GGUF file; returns its path as text."
+def save_tiny_gguf(path, hidden=32, extra=(), packed=False):
+    "A tiny Llama with its tokenizer as a GGUF file, `packed` in 8 bit (Q8_0); returns its path as text."
     import gguf
     tok = tiny_tokenizer(extra=extra)
     model = tiny_model(tok, hidden=hidden)
@@ -59,7 +59,9 @@ def save_tiny_gguf(path, hidden=32, extra=()):
     writer.add_bos_token_id(tok.bos_token_id); writer.add_eos_token_id(tok.eos_token_id); writer.add_pad_token_id(tok.pad_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     for name, weight in model.state_dict().items():
-        if name != "lm_head.weight": writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+        if name == "lm_head.weight": continue
+        kind = gguf.GGMLQuantizationType.Q8_0 if packed and weight.dim() == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
     return str(path)
 
