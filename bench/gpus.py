@@ -22,11 +22,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "-m", "sftkit"]
 
 
-LOADS = """import json, os, torch
+LOADS = """import accelerate, json, os, torch
 from sftkit import engine
 from sftkit.training import Trainer
 
-if os.environ.get("ONE_GPU") and "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+if os.environ.get("ONE_GPU") and "RANK" in os.environ: accelerate.PartialState(backend="gloo")
 held = lambda p: getattr(p, "_local_tensor", p).nbytes + getattr(p, "ds_tensor", torch.empty(0)).nbytes
 
 class Loads(Trainer):

@@ -128,7 +128,7 @@ def _last_hidden(model, **inputs): # (batch, seq, hidden)
     if not in_shares(model): return base.base_model(**inputs).last_hidden_state
     score_tokens(base)
     hook = base.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
-    try: model(**inputs, scored_labels=torch.full_like(inputs["input_ids"], -100))
+    try: model(**inputs, scored_labels=torch.full_like(inputs["input_ids"], -100, dtype=torch.long))
     finally: hook.remove()
     return seen[0]
 

@@ -893,6 +893,9 @@ def save_model(
         config.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    if state:
+        for name, (*_, first) in _layout(model)[0].items():
+            if name in state and first in state: state[name] = state[first]      # tied weights, gathered one by one, are written once again
     with _no_progress_bar(): model.save_pretrained(folder, state_dict=state, **extra)
     (Path(folder)/"README.md").unlink(missing_ok=True)              # peft's is a form to fill in; a result gets a card that is filled in
     if extra and config is not None: config.save_pretrained(folder)

@@ -33,11 +33,13 @@ class Watched(training.Trainer):
             usual["replace"](whole, one)
         def begin(own, fresh):
             usual["begin"](own, fresh)
-            seen.update(begun=held(own.model), flat=own.flat, formats=sorted({str(p.dtype) for p in own.model.parameters()}))
+            seen.update(flat=own.flat, formats=sorted({str(p.dtype) for p in own.model.parameters()}))
             Path(f"{project}-{RANK}.json").write_text(json.dumps(seen))
         def state(self, *args, fsdp_plugin=None, **kwargs):
             usual["state"](self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-            if fsdp_plugin is not None: self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if fsdp_plugin is None: return
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP          # as accelerate does on GPUs
         def step(own, *args, **kwargs):
             if own.state.global_step == int(os.environ.get("BREAKS", -1)): raise ValueError("broken off")
             return usual["step"](own, *args, **kwargs)
