@@ -26,7 +26,7 @@ LOADS = """import accelerate, json, os, torch
 from sftkit import engine
 from sftkit.training import Trainer
 
-if os.environ.get("ONE_GPU") and "RANK" in os.environ: accelerate.PartialState(backend="gloo")
+if one_gpu := os.environ.get("ONE_GPU") and "RANK" in os.environ: accelerate.PartialState(backend="gloo")
 held = lambda p: getattr(p, "_local_tensor", p).nbytes + getattr(p, "ds_tensor", torch.empty(0)).nbytes
 
 class Loads(Trainer):
@@ -40,7 +40,12 @@ class Loads(Trainer):
                 with open(f"{self.recipe.project_name}-{os.environ['RANK']}.json", "w") as f: json.dump(dict(most=most, whole=sum(sizes), largest=max(sizes)), f)
                 return model
             return call
+        def arguments(*args, usual=engine.training_arguments):
+            made = usual(*args)
+            if one_gpu: accelerate.PartialState._shared_state["backend"] = "gloo"      # transformers takes nccl for granted
+            return made
         for name in ("share_out_fsdp", "share_out_zero3"): setattr(engine, name, noted(getattr(engine, name)))
+        engine.training_arguments = arguments
         return super()._fit(view)
 """
 
