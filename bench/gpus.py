@@ -1,10 +1,11 @@
 """Several GPUs of one machine, checked on one that has them: python bench/gpus.py [--out GPUS.json] [--layers 16 --hidden 2048]
 
 Each way of starting several processes must take the steps of one process with the same rows an update: the launchers of acceptance 30 (`sftkit llm`, `accelerate launch`, `torchrun`, `plan.start`), then
-FSDP and DeepSpeed (where it is installed). Then how much faster two are than one. A random Llama is made on the spot.
+FSDP and DeepSpeed (where it is installed), which must not load the whole model on any of them. Then how much faster two are than one. A random Llama is made on the spot.
 --only takes some of launchers, sharding (or of it fsdp or deepspeed alone) and speed. With --tiny it runs on a CPU, two processes with gloo, to try the script itself.
+With --one-gpu two processes share a single GPU, as of two machines and with gloo, since NCCL refuses that; sharding alone is checked then.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, socket, statistics, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,10 +22,39 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "-m", "sftkit"]
 
 
+LOADS = """import accelerate, json, os, torch
+from sftkit import engine
+from sftkit.training import Trainer
+
+if one_gpu := os.environ.get("ONE_GPU") and "RANK" in os.environ: accelerate.PartialState(backend="gloo")
+held = lambda p: getattr(p, "_local_tensor", p).nbytes + getattr(p, "ds_tensor", torch.empty(0)).nbytes
+
+class Loads(Trainer):
+    "Notes what a process has held, at most, by the time when it has its share of the weights."
+    def _fit(self, view):
+        def noted(share_out):
+            def call(*args):
+                model = share_out(*args) or args[0]
+                sizes = [getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters()]
+                most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else sum(map(held, model.parameters()))
+                with open(f"{self.recipe.project_name}-{os.environ['RANK']}.json", "w") as f: json.dump(dict(most=most, whole=sum(sizes), largest=max(sizes)), f)
+                return model
+            return call
+        def arguments(*args, usual=engine.training_arguments):
+            made = usual(*args)
+            if one_gpu: accelerate.PartialState._shared_state["backend"] = "gloo"      # transformers takes nccl for granted
+            return made
+        for name in ("share_out_fsdp", "share_out_zero3"): setattr(engine, name, noted(getattr(engine, name)))
+        engine.training_arguments = arguments
+        return super()._fit(view)
+"""
+
+
 def make(layers, hidden, vocabulary):
     random_llama("m", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64 or 2,
                  num_key_value_heads=max(1, hidden // 256), max_position_embeddings=4096, tie_word_embeddings=True)
     log_normal_rows("rows.jsonl", *((512, 1900) if hidden > 64 else (48, 120)))
+    Path("loads.py").write_text(LOADS)
 
 
 def run(name, launcher, recipe):
@@ -32,11 +62,15 @@ def run(name, launcher, recipe):
     r = recipe.replace(project_name=name)
     (Path(name + ".yaml")).write_text(r.to_yaml())
     env = {**os.environ, "OMP_NUM_THREADS": "4"}
+    if r.nodes:                                                              # of one machine
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); env |= dict(ONE_GPU="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
     began = time.monotonic()
-    done = subprocess.run([*launcher, "llm", "--config", name + ".yaml"], capture_output=True, text=True, env=env)
-    if done.returncode: print(done.stdout[-1500:], done.stderr[-3000:])
+    started = [subprocess.Popen([*launcher, "llm", "--config", name + ".yaml"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) for _ in range(r.nodes or 1)]
+    said = [process.communicate()[0] for process in started]
+    code = max(abs(process.returncode) for process in started)
+    if code: print(*(text[-4000:] for text in said), sep="\n")
     events = RunDirectory(name).events() if Path(name).exists() else []
-    return [e for e in events if e["kind"] == "step"], time.monotonic() - began, done.returncode
+    return [e for e in events if e["kind"] == "step"], time.monotonic() - began, code
 
 
 def gap(a, b): return max((abs(x["loss"] - y["loss"]) for x, y in zip(a, b)), default=float("inf")) if len(a) == len(b) else float("inf")
@@ -58,15 +92,19 @@ def launchers(base):
         check("plan.start(gpus=2): the losses of one process", gap(steps, one) < 1e-3, largest_gap=gap(steps, one))
 
 
-def sharding(half, backends):
+def sharding(half, backends, two):
     reference = {}
     for backend in backends:
         for kind, fields in (("full", {}), ("LoRA", dict(peft=True, lora_dropout=0.0, lr=1e-3))):
             if kind not in reference: reference[kind], *_ = run(f"plain-{kind}", SFTKIT, half.replace(gradient_accumulation=2, **fields))
-            steps, seconds, code = run(f"{backend}-{kind}", SFTKIT, half.replace(distributed_backend=backend, gpus=2, **fields))
+            steps, seconds, code = run(f"{backend}-{kind}", SFTKIT, half.replace(distributed_backend=backend, trainer="loads:Loads", **two, **fields))
             loads = code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
             distance = gap(steps, reference[kind])
             check(f"{backend}, {kind}: the losses of one process, and a result that loads", loads and distance < 0.05, largest_gap=distance, wall_s=seconds)
+            if backend == "fsdp" or kind == "full":
+                notes = [json.loads(f.read_text()) for rank in range(2) if (f := Path(f"{backend}-{kind}-{rank}.json")).exists()]
+                most, whole, largest = (max((n[k] for n in notes), default=0) for k in ("most", "whole", "largest"))
+                check(f"{backend}, {kind}: no process loads more than its share and a weight", len(notes) == 2 and most < 0.6 * whole + largest, most=most, whole=whole, largest=largest)
 
 
 def speed(half):
@@ -89,10 +127,12 @@ def main():
     parser.add_argument("--only", nargs="*", choices=("launchers", "sharding", "fsdp", "deepspeed", "speed"), default=("launchers", "sharding", "speed"),
                         help="these checks alone; sharding is fsdp and deepspeed")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--one-gpu", action="store_true", help="sharding alone, two processes on one GPU")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=1024)
     a = parser.parse_args()
-    if not a.tiny and torch.cuda.device_count() < 2: sys.exit(f"This machine shows {torch.cuda.device_count()} GPUs; two are needed.")
+    if a.one_gpu: a.only = [o for o in a.only if o not in ("launchers", "speed")]
+    if not (a.tiny or a.one_gpu) and torch.cuda.device_count() < 2: sys.exit(f"This machine shows {torch.cuda.device_count()} GPUs; two are needed.")
     backends = [b for b in ("fsdp", "deepspeed") if b in a.only or "sharding" in a.only]
     left_out = [why for b in backends if (why := missing(b))]
     if left_out: print("Left out: " + "; ".join(left_out), flush=True)
@@ -104,7 +144,7 @@ def main():
                       save_steps=10**6)
         half = base.replace(mixed_precision=None if CUDA else "no")
         if "launchers" in a.only: launchers(base)
-        sharding(half, [b for b in backends if not missing(b)])
+        sharding(half, [b for b in backends if not missing(b)], dict(gpus=1, nodes=2) if a.one_gpu else dict(gpus=2))
         if "speed" in a.only: speed(half)
         os.chdir("/")
     machine = about(gpus=torch.cuda.device_count())

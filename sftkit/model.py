@@ -10,7 +10,8 @@ __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'process_ra
            'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error', 'parameter_counts', 'causal_lm',
            'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights',
            'adapter_base', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
-           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'save_model', 'load_trained', 'sample_model']
+           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors',
+           'load_to_share', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
 import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
@@ -270,6 +271,7 @@ def structure(
     config, # of transformers, see `load_configuration`
     dtype:torch.dtype=torch.float32,
     trust_remote_code:bool=False,
+    attention:str="sdpa", # attention implementation, see `attention_backend`
 ): # PreTrainedModel
     """The model on the meta device, made of its configuration alone: all layers with their names and shapes, and no weight.
 
@@ -277,8 +279,9 @@ def structure(
     from transformers import AutoModelForCausalLM
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"},
                                     name_or_path=getattr(config, "_name_or_path", ""))
+    chosen = {} if attention == "sdpa" else dict(attn_implementation=attention)
     with torch.device("meta"):
-        try: return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        try: return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
         except (ValueError, NotImplementedError, RuntimeError) as e:
             raise ModelError(f"A {type(config).__name__} cannot be built without its weights ({type(e).__name__}: {first_line(e)}).") from e
 
@@ -326,9 +329,12 @@ def load_base(
         else: loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
     if getattr(loaded, "is_loaded_in_4bit", False): _keep_gradients_on_cpu(loaded)
     if getattr(loaded, "is_loaded_in_8bit", False): _keep_no_inputs()
-    # a padding_idx would zero the gradient of that token's embedding, and the padding token may well be a token of the text (pad = eos)
-    if isinstance(e := loaded.get_input_embeddings(), nn.Embedding): e.padding_idx = None
+    _train_padding(loaded)
     return loaded
+
+def _train_padding(model):
+    "A padding_idx would zero the gradient of that token's embedding, and the padding token may well be a token of the text (pad = eos)."
+    if isinstance(e := model.get_input_embeddings(), nn.Embedding): e.padding_idx = None
 
 # %% ../nbs/05_model.ipynb #c5677495
 def fit_embeddings(
@@ -543,7 +549,8 @@ def parameter_counts(
 )->tuple[int, int]: # trainable, total; a 4-bit weight counts as the weights it holds
     "How many numbers are trained, of how many."
     if hasattr(model, "get_nb_trainable_parameters"): return model.get_nb_trainable_parameters()
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]        # of a weight that DeepSpeed shares out, the whole
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 # %% ../nbs/05_model.ipynb #3d1fe746
 def causal_lm(
@@ -764,23 +771,112 @@ def load_for_training(
     new_ids:list, # their ids
     device:torch.device,
     dtype:torch.dtype, # compute format, see `compute_dtype`
+    place:torch.device|str|None=None, # where the weights are put; None: on `device`
 ): # a model in train mode, ready for an optimizer
     "The model as the recipe describes it: base, quantisation, token rows, adapter, checkpointing."
     from transformers import set_seed
     set_seed(r.seed)
-    with hub_access(r.token): return _loaded(r, tokenizer, new_ids, device, dtype).train()
+    with hub_access(r.token): return _loaded(r, tokenizer, new_ids, device, dtype, place or device).train()
 
-def _loaded(r, tokenizer, new_ids, device, dtype):
+def _loaded(r, tokenizer, new_ids, device, dtype, place):
     if r.unsloth and unsloth_obstacle(r, device, new_ids) is None: return load_with_unsloth(r, tokenizer, dtype)
-    weights, earlier = dtype if r.peft else torch.float32, earlier_weights(r)
-    kind = earlier and stored_kind(earlier)
-    source = earlier if kind == "model" else r.model
-    model = load_base(source, weights, device, r.quantization, attention_backend(r.use_flash_attention_2, device)[0], r.trust_remote_code)
+    source, adapter = _sources(r)
+    model = load_base(source, _weight_format(r, dtype), place, r.quantization, attention_backend(r.use_flash_attention_2, device)[0], r.trust_remote_code)
     fit_embeddings(model, tokenizer)
-    if kind == "adapter": model = _load_adapter(model, earlier)
+    if adapter: model = _load_adapter(model, adapter)
     elif r.peft: model = add_lora(model, r, new_ids)
-    if r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu"): recompute_activations(model)
+    if _recomputes(r, device): recompute_activations(model)
     return model
+
+def _sources(r): # where the base is, and the adapter that is continued, or None
+    earlier = earlier_weights(r)
+    return (earlier, None) if earlier and stored_kind(earlier) == "model" else (r.model, earlier)
+
+def _weight_format(r, dtype): return dtype if r.peft else torch.float32
+def _recomputes(r, device): return r.gradient_checkpointing is True or (r.gradient_checkpointing == "auto" and device.type != "cpu")
+
+# %% ../nbs/05_model.ipynb #5d0c7a11
+def shares_out(
+    r:Recipe,
+)->bool:
+    "Whether each device gets a share of the weights: in FSDP, and in DeepSpeed's ZeRO-3. Weights that are stored quantised are held whole."
+    if process_count() == 1 or r.distributed_backend not in ("fsdp", "deepspeed"): return False
+    if not r.peft or r.distributed_backend == "deepspeed": return not r.peft
+    with hub_access(r.token): return stored_quantization(load_configuration(r.model, r.trust_remote_code)) is None
+
+def replace_parameters(
+    model, # changed in place
+    new, # (name, parameter) -> parameter; called once for each
+):
+    "Put other parameters in place of a model's. Those that several modules have in common stay in common."
+    made = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is None: continue
+            if id(p) not in made: made[id(p)] = p, new(f"{path}.{name}", p)      # the old one is kept meanwhile: its id must not be given to another
+            module._parameters[name] = made[id(p)][1]
+
+def loose_tensors(
+    model,
+): # (name of the module, dict that holds the tensor, its name there, tensor)
+    "What is no parameter: buffers, and tensors that a family keeps as plain attributes."
+    for path, module in model.named_modules():
+        for held in (module._buffers, vars(module)):
+            for name, tensor in list(held.items()):
+                if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter): yield path, held, name, tensor
+
+def _layout(model): # name -> shape, whether it is trained, and the first name of the same weight; and name -> format
+    first, named = {}, list(model.named_parameters(remove_duplicate=False))
+    return {n: (tuple(p.shape), p.requires_grad, first.setdefault(id(p), n)) for n, p in named}, {n: p.dtype for n, p in named}
+
+def load_to_share(
+    r:Recipe,
+    tokenizer, # with the new tokens already added
+    new_ids:list, # their ids
+    device:torch.device, # that will train
+    dtype:torch.dtype, # compute format
+): # a model in train mode
+    """What `load_for_training` gives, for a model that is shared out: in the first process with its weights, on the CPU; in the others on the meta device.
+
+    All call it together. Raises `ModelError` in a process that cannot build the model of the first one."""
+    loaded = []
+    def load():
+        loaded.append(model := load_for_training(r, tokenizer, new_ids, device, dtype, "cpu"))
+        base = causal_lm(model)
+        return base.config.to_dict(), base.generation_config, _layout(model), [(path, name, t) for path, _, name, t in loose_tensors(model)]
+    told = from_main_process(load)
+    if loaded: return loaded[0]
+    with hub_access(r.token): return _without_weights(r, new_ids, device, dtype, *told).train()
+
+def _without_weights(r, new_ids, device, dtype, config, generation, layout, tensors):
+    source, adapter = _sources(r)
+    kind, attention = type(load_configuration(str(source), r.trust_remote_code)), attention_backend(r.use_flash_attention_2, device)[0]
+    base = model = structure(kind.from_dict(config), _weight_format(r, dtype), r.trust_remote_code, attention)
+    base.generation_config = generation
+    _train_padding(base)
+    with torch.device("meta"):
+        if adapter: model = _adapter_structure(base, adapter)
+        elif r.peft: model = add_lora(base, r.replace(init_lora_weights="default"), new_ids)
+    if _recomputes(r, device): recompute_activations(model)
+    (theirs, formats), (ours, _) = layout, _layout(model)
+    if list(theirs.items()) != list(ours.items()):
+        name = next((n for n in (*theirs, *ours) if theirs.get(n) != ours.get(n)), "the order of weights")
+        raise ModelError(f"A {type(base).__name__} without its weights is not what the first process has loaded (`{name}` is {theirs.get(name, 'absent')} "
+                         f"there, {ours.get(name, 'absent')} here), so it cannot be shared out. Leave `distributed_backend` out, or use 'ddp'.")
+    for name, p in model.named_parameters(): p.data = p.data.to(formats[name])        # a family may keep some of its weights in fp32
+    for path, name, tensor in tensors:
+        module = model.get_submodule(path)
+        (module._buffers if name in module._buffers else vars(module))[name] = tensor
+    return model
+
+def _adapter_structure(model, folder):
+    from peft import PeftConfig, get_peft_model
+    model.config.use_cache = False
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode, config.init_lora_weights = False, True
+    with _quiet_peft(): adapted = get_peft_model(model, config)
+    _hold_saved_in_fp32(adapted)
+    return adapted
 
 # %% ../nbs/05_model.ipynb #2d0bde5e
 def save_model(
@@ -797,6 +893,9 @@ def save_model(
         config.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
         config.pad_token_id = tokenizer.pad_token_id
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    if state:
+        for name, (*_, first) in _layout(model)[0].items():
+            if name in state and first in state: state[name] = state[first]      # tied weights, gathered one by one, are written once again
     with _no_progress_bar(): model.save_pretrained(folder, state_dict=state, **extra)
     (Path(folder)/"README.md").unlink(missing_ok=True)              # peft's is a form to fill in; a result gets a card that is filled in
     if extra and config is not None: config.save_pretrained(folder)

@@ -11,8 +11,9 @@ import contextlib, functools, hashlib, importlib, importlib.util, json, math, os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, from_main_process, load_for_training,
-                          parameter_counts, process_count, process_rank, save_model, unsloth_obstacle)
+from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, from_main_process, load_for_training, load_to_share,
+                          parameter_counts, process_count, process_rank, save_model, shares_out, unsloth_obstacle)
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
 from .events import EventLog, RunDirectory, flush_folder, process_gone, short_path, this_process
@@ -250,14 +251,18 @@ class Trainer:
         predicted = self._forecast(log, data, device)
         recompute = predicted.recompute if predicted else self.recipe.gradient_checkpointing
         log.append("doing", text="loading the model")
-        model = load_for_training(data.recipe.replace(gradient_checkpointing=recompute), data.tokenizer, data.new_ids, device, dtype)
-        check_scoring(model, data.train.examples[0]["input_ids"][:64])
+        load = load_to_share if shares_out(self.recipe) else load_for_training
+        model = load(data.recipe.replace(gradient_checkpointing=recompute), data.tokenizer, data.new_ids, device, dtype)
         if self.recipe.use_distillation: log.append("doing", text="loading the teacher")
         teacher = load_teacher(self.recipe, device, dtype) if self.recipe.use_distillation else None
-        flat = self._lay_flat(log, [model, teacher] if teacher else [model], data.train.examples[0]["input_ids"], dtype)
-        if compiled := self._compiles(data, device): compile_layers(model)
-        self._announce(log, data, model, device, dtype, flat, compiled, predicted)
-        state = self._train(log, run, model, data, device, dtype, checkpoint, teacher, flat)
+        def ready(): # called once, where the model has its weights
+            ids = data.train.examples[0]["input_ids"]
+            check_scoring(model, ids[:64])
+            flat = self._lay_flat(log, [model, teacher] if teacher else [model], ids, dtype)
+            if compiled := self._compiles(data, device): compile_layers(model)
+            self._announce(log, data, model, device, dtype, flat, compiled, predicted)
+            return flat
+        state = self._train(log, run, model, data, device, dtype, checkpoint, teacher, ready)
         log.append("state", state=state, step=_last_step(run), **this_process())
         return model
 
@@ -281,10 +286,11 @@ class Trainer:
         with hub_access(data.recipe.token): write_atomic(run.recipe_path, data.recipe.replace(resume=None).to_yaml(about=about(data, device)))
 
     def _lay_flat(self, log, models, ids, dtype):
-        """Whether batches go without padding.
+        """Whether batches go without padding, the same in all processes.
 
         Where a model cannot, packed rows need a mask that keeps documents apart; `check_packing` raises if that doesn't either."""
         why = next((why for m in models if (why := use_flat_attention(m, ids, dtype))), None)
+        if process_count() > 1: why = next(filter(None, gather_object([why])), None)
         if why is None: return True
         for m in models:
             plain_attention(m)
@@ -292,10 +298,10 @@ class Trainer:
         if self.recipe.packing: log.append("note", level="info", text=f"{why}, so packed rows are kept apart by a mask, which is right and slower.")
         return False
 
-    def _train(self, log, run, model, data, device, dtype, checkpoint, teacher, flat):
+    def _train(self, log, run, model, data, device, dtype, checkpoint, teacher, ready):
         prompts = sample_prompts(data) if process_rank() == 0 or self.recipe.distributed_backend in ("fsdp", "deepspeed") else []
-        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)), flat, prompts)
-        if checkpoint is None: engine.write_samples("before")
+        engine = Engine(model, data, run, log, device, dtype, teacher, from_main_process(lambda: _evaluations(run, checkpoint)), ready, prompts)
+        if not engine.shares_out: engine.begin(fresh=checkpoint is None)          # else when training begins
         with started_trackers(self.recipe, run, log) if process_rank() == 0 else contextlib.nullcontext([]) as trackers:
             engine.recorder.trackers = trackers
             with stop_on_interrupt(engine.recorder):

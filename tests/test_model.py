@@ -265,3 +265,64 @@ def test_an_8_bit_layer_keeps_no_input_for_its_frozen_weight(tiny_wide, recomput
     finally: products.MatMul8bitFp = mended
     assert len(held) >= 28 and kept > len(held) / 3 and (alive <= 2 if recompute else alive < kept)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+SHARED = {"full": {}, "LoRA": dict(peft=True), "DoRA": dict(peft=True, use_dora=True), "pissa": dict(peft=True, init_lora_weights="pissa"),
+          "layers in full": dict(peft=True, modules_to_save="norm", target_modules="q_proj,up_proj"), "the embedding in full": dict(peft=True, modules_to_save="embed_tokens"), "kept activations": dict(gradient_checkpointing=False)}
+
+
+def in_two_processes(monkeypatch, r, tokenizer, ids, dtype):
+    "What `load_to_share` gives in the first process and in another one."
+    from sftkit import model
+    load = lambda: model.load_to_share(r, tokenizer, ids, torch.device("cpu"), dtype)
+    with monkeypatch.context() as patch:
+        told = []
+        patch.setattr(model, "from_main_process", lambda call: told.append(call()) or told[0])
+        first = load()
+        patch.setattr(model, "from_main_process", lambda call: told[0])
+        patch.setattr(model, "load_base", None)
+        return first, load()
+
+
+def same_in_both(first, other):
+    from sftkit.model import loose_tensors, replace_parameters
+    assert all(p.is_meta for p in other.parameters()) and other.training and not any(t.is_meta for *_, t in loose_tensors(other))
+    facts = lambda m: [(n, p.shape, p.dtype, p.requires_grad, type(p)) for n, p in m.named_parameters()]
+    assert facts(first) == facts(other) and [type(m) for m in first.modules()] == [type(m) for m in other.modules()]
+    loose = [[(path, name, t) for path, _, name, t in loose_tensors(m)] for m in (first, other)]
+    assert len(loose[0]) == len(loose[1]) and all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(*loose))
+    weights = dict(first.named_parameters())
+    replace_parameters(other, lambda name, p: weights[name.removeprefix(".")])
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad(): assert torch.equal(first.eval()(input_ids=ids).logits, other.eval()(input_ids=ids).logits)
+    assert first.generation_config.to_dict() == other.generation_config.to_dict() and first.config.to_dict() == other.config.to_dict()
+    assert all(module.padding_idx is None for m in (first, other) for module in m.modules() if isinstance(module, torch.nn.Embedding))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("new", [False, True], ids=["", "new tokens"])
+def test_a_model_without_weights_is_that_of_the_first_process_in_all_but_weights(kind, new, tiny, monkeypatch):
+    from sftkit.model import add_tokens, load_tokenizer
+    r, tokenizer = Recipe(model=tiny, data_path="d", project_name="p", lora_r=4, **SHARED[kind]), load_tokenizer(tiny)
+    ids = add_tokens(tokenizer, ["<new>", "<newer>"]) if new else []
+    first, other = in_two_processes(monkeypatch, r, tokenizer, ids, torch.bfloat16)
+    assert first.is_gradient_checkpointing == other.is_gradient_checkpointing == (kind != "kept activations")
+    same_in_both(first, other)
+
+
+def test_weights_and_adapters_that_are_gone_on_with_are_laid_out_likewise(tiny, tiny_gpt2, tmp_path, monkeypatch):
+    from sftkit.model import add_tokens, load_for_training, load_tokenizer, save_model
+    for name, fields in (("whole", {}), ("adapter", dict(peft=True, lora_r=4, init_lora_weights="olora", modules_to_save="norm"))):
+        r, tokenizer = Recipe(model=tiny, data_path="d", project_name="p", **fields), load_tokenizer(tiny)
+        ids = add_tokens(tokenizer, ["<new>"])
+        save_model(load_for_training(r, tokenizer, ids, torch.device("cpu"), torch.float32), tokenizer, tmp_path/name)
+        same_in_both(*in_two_processes(monkeypatch, r.replace(continue_from=str(tmp_path/name)), tokenizer, [], torch.float32))
+    r = Recipe(model=tiny_gpt2, data_path="d", project_name="p", peft=True, target_modules="c_attn")
+    same_in_both(*in_two_processes(monkeypatch, r, load_tokenizer(tiny_gpt2), [], torch.bfloat16))
+
+
+def test_a_model_that_cannot_be_laid_out_like_the_first_is_refused(tiny, monkeypatch):
+    from sftkit import model
+    r, tokenizer = Recipe(model=tiny, data_path="d", project_name="p", peft=True), model.load_tokenizer(tiny)
+    monkeypatch.setattr(model, "_without_weights", lambda r, *args, real=model._without_weights: real(r.replace(lora_r=3), *args))
+    with pytest.raises(ModelError, match=r"not what the first process has loaded \(`.*lora_A.*` is .*so it cannot be shared out"): in_two_processes(monkeypatch, r, tokenizer, [], torch.float32)
