@@ -84,14 +84,15 @@ DEEPSPEED = next((p for p in (Path(sys.prefix)/"deepspeed", Path(os.environ.get(
 
 
 SMALL = ["--batch-size", 2, "--gradient-accumulation", 2]
-SHARED = dict(PYTHONPATH=os.pathsep.join(map(str, filter(None, (ROOT, ROOT/"tests", DEEPSPEED)))), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+SHARED = {"fsdp": dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT/'tests'}", CUDA_VISIBLE_DEVICES="")}
+SHARED["deepspeed"] = SHARED["fsdp"] | dict(PYTHONPATH=f"{SHARED['fsdp']['PYTHONPATH']}{os.pathsep}{DEEPSPEED}", DS_ACCELERATOR="cpu")
 LORA = ["--peft", "--lora-dropout", 0]
 PACKED = ["--packing", "--max-seq-length", 64, "--epochs", 4]
 
 
 def shared_run(folder, backend, name, *more, code=0, **env):
     "A run of two processes that share the model; returns what each noted."
-    done, out = sftkit(folder, "--project-name", name, "--trainer", "watched:Watched", "--distributed-backend", backend, "--gpus", 2, *SMALL, *more, **SHARED, **env)
+    done, out = sftkit(folder, "--project-name", name, "--trainer", "watched:Watched", "--distributed-backend", backend, "--gpus", 2, *SMALL, *more, **SHARED[backend], **env)
     assert done == code, out
     return [json.loads((folder/f"{name}-{rank}.json").read_text()) for rank in range(2)]
 

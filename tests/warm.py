@@ -31,7 +31,7 @@ IMPORTED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distr
 HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets", "peft", "trl")
 NOTEBOOK = ("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "anywidget", "tqdm.auto")
 READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
-READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "PYTHONPATH", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, PYTHONPATH by what is found on it
+READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, beside what they find on PYTHONPATH: deepspeed
 CLIENT = '''#!{python} -SI
 import json, os, signal, socket, struct, sys
 words = sys.argv[1:]
@@ -39,7 +39,8 @@ def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(na
 plain = words[1:] if words[:1] == ["-u"] else words
 if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept({read!r}) != {kept!r}: os.execv({python!r}, [{python!r}, *words])
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
-server.connect({address!r} + ("" if kept({read_too!r}) != {kept_too!r} else ".notebook" if "ipykernel_launcher" in plain else ".script"))
+other = kept({read_too!r}) != {kept_too!r} or "deepspeed" in os.environ.get("PYTHONPATH", "")
+server.connect({address!r} + ("" if other else ".notebook" if "ipykernel_launcher" in plain else ".script"))
 asked = json.dumps(dict(words=words, env=dict(os.environ), folder=os.getcwd())).encode()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT): signal.signal(number, lambda n, frame: server.send(bytes([n])))
 socket.send_fds(server, [struct.pack("!I", len(asked))], [0, 1, 2])
