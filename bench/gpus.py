@@ -99,9 +99,10 @@ def sharding(half, backends, two):
         for kind, fields in (("full", {}), ("LoRA", dict(peft=True, lora_dropout=0.0, lr=1e-3))):
             if kind not in reference: reference[kind], *_ = run(f"plain-{kind}", SFTKIT, half.replace(gradient_accumulation=2, **fields))
             steps, seconds, code = run(f"{backend}-{kind}", SFTKIT, half.replace(distributed_backend=backend, trainer="loads:Loads", **two, **fields))
-            loads = backend == "fsdp" and "nodes" in two or code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
+            ends = backend != "fsdp" or "nodes" not in two                  # on one GPU: PyTorch crashes where gloo gathers FSDP's weights to write them
+            loads = not ends or code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
             distance = gap(steps, reference[kind])
-            check(f"{backend}, {kind}: the losses of one process, and a result that loads", loads and distance < 0.05, largest_gap=distance, wall_s=seconds)
+            check(f"{backend}, {kind}: the losses of one process" + ", and a result that loads" * ends, loads and distance < 0.05, largest_gap=distance, wall_s=seconds)
             if backend == "fsdp" or kind == "full":
                 notes = [json.loads(f.read_text()) for rank in range(2) if (f := Path(f"{backend}-{kind}-{rank}.json")).exists()]
                 most, whole, largest = (max((n[k] for n in notes), default=0) for k in ("most", "whole", "largest"))

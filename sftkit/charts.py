@@ -698,7 +698,8 @@ def history_figure(
     fig.update_yaxes(title="learning rate", row=2, col=1, secondary_y=False, exponentformat="e")
     fig.update_yaxes(title="gradient norm", showgrid=False, tickmode="auto", nticks=4, row=2, col=1, secondary_y=True)
     few = series(p, 300)
-    fig._picture = "".join(tag("div", svg_image(svg, what)) for svg, what in ((curve_svg(few, p.marks), "loss by optimizer step"), (panels_svg(few), "learning rate, gradient norm and speed")))
+    pictures = svg_image(curve_svg(few, p.marks), "loss by optimizer step"), svg_image(panels_svg(few), "learning rate, gradient norm and tokens per second")
+    fig._picture = "".join(tag("div", picture) for picture in pictures)
     return fig
 
 def compare_figure(

@@ -189,6 +189,10 @@ class NotebookPage:
 
     def saved(self): return json.loads((self.server.root/self.name).read_text())
 
+    def stored(self, index=0):
+        "The outputs of a cell as they would be saved now, as text."
+        return json.dumps(self.page.evaluate(f"() => window.jupyterapp.shell.currentWidget.content.widgets[{index}].model.toJSON().outputs"), ensure_ascii=False)
+
     def output(self, index=0):
         "The output area of a code cell, as a Playwright locator."
         return self.page.locator(".jp-CodeCell").nth(index).locator(".jp-OutputArea").first

@@ -73,6 +73,7 @@ def test_a_started_run_obeys_its_buttons_and_survives_page_and_kernel(server, ap
         nb.run_cell(2); reach(nb, at + 10)
         click(nb, "stop"); badge(nb, "stopped")
         assert not nb.output(2).locator(PICTURE).first.is_visible() and nb.output(0).locator(PICTURE).first.is_visible() # the kernel of cell 0 is gone
+        until(lambda: "■ stopped" in nb.stored(2))                                # a moment after the view
         nb.save()
         assert app == "notebook" or nb.errors == []                              # Notebook 7 has errors of its own
     until(lambda: run.status()["state"] == "stopped")
