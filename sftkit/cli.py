@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'llm', 'preview', 'memory', 'report', 'stop', 'resume', '
 
 # %% ../nbs/18_cli.ipynb #07a8cae2
 import os, sys
+from .events import process_rank
 from .recipe import Recipe, SftkitError, RecipeError, did_you_mean, failure_text, parse_args, recipe_fields
 
 # %% ../nbs/18_cli.ipynb #b320ca13
@@ -35,7 +36,7 @@ def llm(args):
     plan = _plan(args)
     if wants_processes(plan.recipe): return _launched(plan.recipe)
     run = plan.fit()
-    if int(os.environ.get("RANK", 0)) != 0: return
+    if process_rank() != 0: return
     print(f"Report: {run.report()}")
     return _exit_code(run)
 
@@ -151,7 +152,7 @@ def main(
         from sftkit.launch import tell
         told, foreseen = tell(e), isinstance(e, SftkitError)
         if traceback: raise
-        if told or foreseen and int(os.environ.get("RANK", 0)) != 0: return 1
+        if told or foreseen and process_rank() != 0: return 1
         print(f"error: {failure_text(e)}" + ("" if foreseen else "\n(`--traceback` shows where it came from)"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

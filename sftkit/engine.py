@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
-from .model import causal_lm, loose_tensors, process_count, process_rank, replace_parameters, save_model, shares_out
+from .model import causal_lm, loose_tensors, replace_parameters, save_model, shares_out
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size as is_out_of_memory
@@ -21,7 +21,7 @@ with contextlib.redirect_stdout(io.StringIO()):                    # where it pr
     from transformers import Trainer as HFTrainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .recipe import ModelError, Recipe, RunError, write_atomic
-from .events import EventLog, RunDirectory, flush_folder, this_process
+from .events import EventLog, RunDirectory, flush_folder, process_count, process_rank, this_process
 from .data import collate
 from .loss import distillation_sums, flat_batch, mean_token_loss, score_tokens, split_batch, token_loss_sum
 from .memory import held_parts, read_memory

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNNING', 'EventLog', 'read_events', 'undone', 'replay', 'flush_folder', 'process_gone', 'short_path', 'RunDirectory',
-           'this_process', 'process', 'made_up_run']
+           'process_rank', 'process_count', 'this_process', 'process', 'made_up_run']
 
 # %% ../nbs/01_events.ipynb #7592e428
 import json, math, os, random, re, shutil, socket, time, uuid
@@ -264,6 +264,9 @@ class RunDirectory:
         return [name for path in asked if (name := path.name.rpartition("-")[2]) in self.requests]
 
 # %% ../nbs/01_events.ipynb #0557e24a
+def process_rank()->int: return int(os.environ.get("RANK", 0))             # as launchers say it; 0: the first, or the only one
+def process_count()->int: return int(os.environ.get("WORLD_SIZE", 1))
+
 def this_process()->dict: # {"pid", "host", "started"}, and "log_from" in a worker process
     "Identifies the running process in a `state` event. A worker's output stands in `worker.log` from byte `log_from` on."
     log_from = os.environ.get("SFTKIT_LOG_FROM")

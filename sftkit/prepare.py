@@ -11,9 +11,10 @@ import functools, itertools, math
 from dataclasses import dataclass
 import torch
 from .model import (adapter_rows, add_tokens, best_device, check_adapter, check_continues, check_quantized_source, earlier_weights, expert_note,
-                          load_configuration, load_tokenizer, made_for, process_count, stored_kind, structure, tokenizer_source, with_adapter,
+                          load_configuration, load_tokenizer, made_for, stored_kind, structure, tokenizer_source, with_adapter,
                           within_positions)
 from .recipe import DataError, ModelError, Recipe, evaluates, generates, hub_access, without_effect
+from .events import process_count
 from .chat import missing_markers, resolve_template
 from .rows import Row, map_rows, read_rows, single_row
 from .data import (Encoded, Encoder, Shape, collate, collate_packed, detect_shape, encode_rows, pack_rows, rows_on_both_sides, split_rows,

@@ -10,7 +10,7 @@ import contextlib, functools, glob, inspect, sys, tempfile, threading, time
 from pathlib import Path
 from .rows import Row, read_rows, map_rows, names_a_file, rows_hash, single_row, store_rows
 from .data import Shape, check_columns
-from .events import RunDirectory
+from .events import RunDirectory, process_rank
 from .recipe import (DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, check_hub_name, did_you_mean, hub_access, hub_name,
                            meant_field, raise_all, recipe_fields, without_effect, write_atomic)
 
@@ -425,7 +425,7 @@ def script(
 def _fit(plan, renderer=None):
     from sftkit.widgets import live
     from sftkit.launch import wants_processes
-    from sftkit.model import from_main_process, process_rank
+    from sftkit.model import from_main_process
     from sftkit.training import RunFinished
     recipe = plan._recipe
     if wants_processes(recipe):
@@ -444,7 +444,6 @@ def _fit(plan, renderer=None):
 
 def _finished(data, why):
     "The run that `resume=True` names, which is finished: a job that is queued again ends well."
-    from sftkit.model import process_rank
     if process_rank() == 0: print(f"sftkit: {why}", file=sys.stderr)
     return Run(RunDirectory(data.recipe.project_name), data.recipe, data=data)
 

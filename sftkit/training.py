@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, from_main_process, load_for_training, load_to_share,
-                          parameter_counts, process_count, process_rank, save_model, shares_out, unsloth_obstacle)
+                          parameter_counts, save_model, shares_out, unsloth_obstacle)
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
-from .events import EventLog, RunDirectory, flush_folder, process_gone, short_path, this_process
+from .events import EventLog, RunDirectory, flush_folder, process_count, process_gone, process_rank, short_path, this_process
 from .rows import rows_hash, store_rows
 from .loss import check_packing, check_scoring, load_teacher, plain_attention, use_flat_attention
 from .memory import read_memory, reset_peak
