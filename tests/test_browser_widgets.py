@@ -268,7 +268,7 @@ def test_a_live_view_that_left_the_page_is_let_go(server):
             const facts = (step) => ({{state: "training", step, total_steps: 9, badge: "▶ training", headline: [], gauge: null}}), history = {{seq: 0, points: [[1, 2, null, null, null]], evals: [], marks: [], samples: [], notes: [], facts: facts(1)}};
             const made = await ({FAKE})(source, {{run_id: "abc", title: "t", hint: "", commands: [], history}}), {{say, frame}} = made, out = {{}};
             const add = () => {{ const e = document.createElement("div"); e.className = "sft-panel"; e.dataset.run = "abc"; document.body.append(e); return e; }};
-            let place = add(); await frame(); const live = place.querySelector(".sft-live"); out.first = live.dataset.step;
+            let place = add(); await frame(); const live = place.querySelector(".sft-live"); while (!live.dataset.step) await frame(); out.first = live.dataset.step;
             place.remove(); await frame(); say({{seq: 1, points: [], evals: [], facts: facts(2)}}); document.body.className = "dark"; await frame(); out.away = live.dataset.step;
             document.body.append(place); await frame(); out.back = [live.dataset.step, place.querySelector(".sft-live") === live];
             document.body.className = ""; const before = +live.dataset.draws; await frame(); out.themed = +live.dataset.draws > before;

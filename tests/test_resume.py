@@ -17,6 +17,8 @@ from sftkit.events import RunDirectory
 from sftkit.recipe import RunError
 from tiny import write_jsonl
 
+pytestmark = pytest.mark.xdist_group("killed")          # the runs that nobody kills are made once
+
 # six steps an epoch, a checkpoint at the last of each, which is evaluated then; no later evaluation is better than the first (`WORSENS`), so the third epoch is the last
 WORSE = dict(epochs=5, lr=0.1, save_steps=6, save_total_limit=1, early_stopping_patience=2, eval_metrics="perplexity,exact_match", use_enhanced_eval=True,
              eval_save_predictions=True, eval_samples=2, eval_max_new_tokens=4)
@@ -174,7 +176,6 @@ def test_another_number_of_processes_is_refused(tiny, monkeypatch):
     assert plan.options(resume=True).fit().state == "finished"
 
 
-@pytest.mark.xdist_group("distributed")
 def test_acceptance_24_two_processes_killed_and_resumed(tiny, chat_file):
     plan = chat_plan(tiny, "whole", chat_file, batch_size=2, gradient_accumulation=1, max_steps=14, save_steps=3, valid_split=6).lora(r=4, dropout=0.1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sftkit", "llm"]
