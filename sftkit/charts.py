@@ -658,12 +658,12 @@ def _figure_class(): # plotly takes half a second to import, and is imported for
     import plotly.io
     class Figure(go.Figure):
         "A plotly figure that a notebook stores as its numbers and as a picture."
-        _picture = ""                                                # HTML
+        _picture = _words = ""                                       # HTML; and what is to be seen
         def _ipython_display_(self):
             if set(plotly.io.renderers.default.split("+")) & {"plotly_mimetype", "vscode"}: raise NotImplementedError  # IPython goes on with the bundle
             super()._ipython_display_()
         def _repr_mimebundle_(self, include=None, exclude=None):
-            return {**plotly.io.renderers["plotly_mimetype"].to_mimebundle(self.to_dict()), "text/html": self._picture, "text/plain": repr(self)}
+            return {**plotly.io.renderers["plotly_mimetype"].to_mimebundle(self.to_dict()), "text/html": self._picture, "text/plain": self._words}
         def __reduce__(self): return go.Figure, (self.to_dict(),)
     return Figure
 
@@ -699,6 +699,7 @@ def history_figure(
     fig.update_yaxes(title="gradient norm", showgrid=False, tickmode="auto", nticks=4, row=2, col=1, secondary_y=True)
     few = series(p, 300)
     pictures = svg_image(curve_svg(few, p.marks), "loss by optimizer step"), svg_image(panels_svg(few), "learning rate, gradient norm and tokens per second")
+    fig._words = "Figure: loss, learning rate and gradient norm by optimizer step"
     fig._picture = "".join(tag("div", picture) for picture in pictures)
     return fig
 
@@ -718,5 +719,6 @@ def compare_figure(
     fig.update_xaxes(title="optimizer step"); fig.update_yaxes(title="loss (nats per trained token)")
     few = {name: compare_curves(p, 200) for name, p in runs.items()}
     legend = "".join(legend_entry(f"{i + 1} {name}", run_ink(i)[0]) for i, name in enumerate(runs))
-    fig._picture = tag("div", svg_image(compare_svg(few), f"losses of {len(runs)} runs by optimizer step")) + tag("div", legend, style="font-size:12px")
+    fig._words = f"Figure: losses of {len(runs)} runs by optimizer step"
+    fig._picture = tag("div", svg_image(compare_svg(few), fig._words)) + tag("div", legend, style="font-size:12px")
     return fig
