@@ -31,11 +31,23 @@ def frozen_imports():
     gc.collect(); gc.freeze()
 
 
+def pytest_configure(config):
+    "Processes that the tests start, or what they test starts, have imported PyTorch when they begin: one server for all workers."
+    if hasattr(config, "workerinput"): config.quick_python = config.workerinput["quick_python"]
+    elif not config.option.collectonly:
+        config.server = warm.start()
+        config.quick_python = config.server.__enter__()
+
+def pytest_configure_node(node): node.workerinput["quick_python"] = node.config.quick_python
+
+def pytest_unconfigure(config):
+    if hasattr(config, "server"): config.server.__exit__(None, None, None)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quick_python():
-    "Processes that the tests start, or what they test starts, have imported PyTorch when they begin."
-    with warm.start() as program, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", program)
+def quick_python(pytestconfig):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", pytestconfig.quick_python)
         yield
 
 
