@@ -35,7 +35,7 @@ READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "USE_", "XD
 CLIENT = '''#!{python} -SI
 import json, os, signal, socket, struct, sys
 words = sys.argv[1:]
-def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(names) and not k.startswith("TORCH_NCCL")}}          # which torchrun sets
+def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(names) and not k.startswith(("TORCH_NCCL", "TORCHINDUCTOR_CACHE_DIR"))}}          # which torchrun and PyTorch set
 plain = words[1:] if words[:1] == ["-u"] else words
 if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept({read!r}) != {kept!r}: os.execv({python!r}, [{python!r}, *words])
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
