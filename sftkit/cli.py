@@ -148,6 +148,9 @@ def main(
         if argv[0] not in COMMANDS: raise RecipeError(f"`{argv[0]}` is no command.{did_you_mean(argv[0], COMMANDS)}\n{usage()}")
         if argv[0] != "llm" and {"-h", "--help"} & set(argv[1:]): return print(command_help(argv[0])) or 0
         return COMMANDS[argv[0]](argv[1:]) or 0
+    except BrokenPipeError:                                 # `sftkit ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as e:                                  # the outermost boundary: one line for the user, the rest on request
         from sftkit.launch import tell
         told, foreseen = tell(e), isinstance(e, SftkitError)

@@ -211,7 +211,7 @@ class Engine(SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step, and its trained tokens on all processes. Written out here, since Unsloth puts its own in transformers' place."
         batch_samples = list(itertools.islice(epoch_iterator, num_batches))
-        self.step_parts, self.step_batches = None, []
+        self.step_parts, self.step_batches, self.told = None, [], time.monotonic()
         tokens = sum((b["labels"][:, 1:] != -100).sum() for b in batch_samples).to(device)
         self.step_tokens = self.accelerator.gather(tokens).sum()
         real = lambda b: b["documents" if "documents" in b else "attention_mask"] > 0
@@ -244,6 +244,9 @@ class Engine(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_batches.append(inputs)
+        if time.monotonic() - self.told > 10:                        # of a step that takes long, how far it is
+            self.told = time.monotonic()
+            self.recorder.add("doing", text=f"micro-batch {len(self.step_batches)} of {self.data_prepared.recipe.gradient_accumulation}")
         try: return self._accumulate(model, [inputs], num_items_in_batch)
         except RuntimeError as e:
             if not is_out_of_memory(e): raise
@@ -358,7 +361,7 @@ class Engine(SFTTrainer):
         if step not in self.answered:
             self.recorder.add("doing", text=f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
             enough = [len(d.tokenizer(reference)["input_ids"]) + 8 if reference else 64 for _, reference, _ in prompts]      # to see where it goes on or astray
-            answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], min(64, max(enough)), size, d.stop_ids)
+            answer = lambda size: generate(self.model, d.tokenizer, [ids for *_, ids in prompts], min(64, max(enough)), size, d.stop_ids, cut=" …")
             self.answered[step] = self._in_memory(answer, len(prompts), True)
         for (prompt, reference, _), text in zip(prompts, self.answered[step]):
             self.recorder.add("sample", when=when, prompt=prompt, reference=reference, text=text)

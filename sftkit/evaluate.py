@@ -92,9 +92,9 @@ def _new_ids(model, prompts, stop_ids, max_new_tokens, sampling, **engine):
         reminder.setLevel(level)
         for holder, kept in own: holder.generation_config = kept
 
-def _text(tokenizer, ids, stop_ids, skip_special_tokens):
+def _text(tokenizer, ids, stop_ids, skip_special_tokens, cut=""):
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False) + (cut if end == len(ids) else "")
 
 # %% ../nbs/08_evaluate.ipynb #a44910c6
 @torch.compiler.set_stance("force_eager") # compiled layers are for training; one token at a time they would be compiled again and again
@@ -107,6 +107,7 @@ def generate(
     stop_ids=None, # token ids that end an answer; default: eos of the tokenizer and of the model
     on_text=None, # called with (index, text) as each answer is ready, longest prompts first
     skip_special_tokens:bool=True, # False keeps special tokens inside the answer; the one that ended it is dropped either way
+    cut:str="", # put behind an answer that did not end by itself, e.g. " …"
     **sampling, # temperature, top_p, top_k, ...: settings of transformers' GenerationConfig; none: greedy
 )->list[str]: # answers, in the order of `prompts`
     "Answers to `prompts`, batched. Raises `DataError` for a prompt that is empty or too long, `ModelError` for an unknown setting."
@@ -120,7 +121,7 @@ def generate(
         batch = [i for i in order[start:start + batch_size] if room[i] == limit]
         start += len(batch)
         for i, ids in zip(batch, _new_ids(model, [prompts[i] for i in batch], stops, limit, sampling)):
-            texts[i] = _text(tokenizer, ids, stops, skip_special_tokens)
+            texts[i] = _text(tokenizer, ids, stops, skip_special_tokens, cut)
             if on_text: on_text(i, texts[i])
     return texts
 

@@ -73,8 +73,8 @@ class Session:
         **fields, # any further fields of the recipe
     ):
         project = project or f"{Path(str(model)).name}-{time.strftime('%Y-%m-%d')}"
-        self.__dict__.update(_fields=_checked({"model": str(model), "project_name": str(project), **fields}), _rows=None, _valid_rows=None, _maps=(),
-                             _trainer=None)
+        model = str(model) if isinstance(model, Path) else model
+        self.__dict__.update(_fields=_checked({"model": model, "project_name": str(project), **fields}), _rows=None, _valid_rows=None, _maps=(), _trainer=None)
 
     def __getattr__(self, name): # only for what there isn't
         if hasattr(type(self), name): return object.__getattribute__(self, name) # it is there and failed: its own error
@@ -375,14 +375,15 @@ def _plan_facts(plan):
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
     source = f"{len(plan._rows):,} rows in memory" if plan._rows is not None else _short(f.get("data_path", "none yet: add .data(...)"))
     held = f"{len(plan._valid_rows):,} rows in memory" if plan._valid_rows is not None else _short(value("valid_path")) or value("valid_split")
+    count = lambda n, what: f"{n:g} {what}{'s' * (n != 1)}"
     adapter = f"LoRA, rank {value('lora_r')}, alpha {value('lora_alpha')}, on {value('target_modules')}" if value("peft") else "all weights"
     rows = [("model", _short(f["model"])), ("data", str(source) + (f" · through {len(plan._maps)} map "
                                                                    f"step{'s' * (len(plan._maps) > 1)}" if plan._maps else "")),
             ("evaluation", _held_out_words(held)),
             ("template", value("chat_template") or "the model's own, else chatml"),
             ("trains", adapter + (f" · base in {value('quantization')}" if value("quantization") else "")),
-            ("steps", f"{value('epochs'):g} epochs of {value('batch_size')} x {value('gradient_accumulation')} rows a step · lr {value('lr'):g}, "
-                      f"{value('scheduler')}" + (f" · at most {value('max_steps')} steps" if value("max_steps") > 0 else "")),
+            ("steps", f"{count(value('epochs'), 'epoch')} of {value('batch_size')} x {value('gradient_accumulation')} rows a step · lr {value('lr'):g}, "
+                      f"{value('scheduler')}" + (f" · at most {count(value('max_steps'), 'step')}" if value("max_steps") > 0 else "")),
             ("into", f["project_name"])]
     try:
         recipe, data = plan._as_recipe(f | dict.fromkeys(plan._unnamed, "rows")), _known_data(plan)      # no row is read or mapped for it
@@ -751,7 +752,8 @@ class Run:
         return plan.start(renderer) if wants_processes(plan.recipe) else plan.fit(renderer)
 
     def _repr_html_(self)->str:
-        from sftkit.view import run_html
+        from sftkit.view import run_html, running_html
+        if self.directory.is_running(): return running_html(self.events, self.path.name)
         return run_html(self.events, self.path.name)
     def __repr__(self)->str:
         from sftkit.view import run_text

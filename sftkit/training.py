@@ -246,7 +246,7 @@ class Trainer:
         reset_peak(device)
         if process_rank() == 0: self._write_plan(run, data, device)
         attention = attention_backend(self.recipe.use_flash_attention_2, device)[1]
-        for text in (*data.notes, _idle_gpus(), attention, unsloth_note(self.recipe, device, data.new_ids)):
+        for text in (*data.notes, _idle_gpus(), _slow_here(self.recipe, device), attention, unsloth_note(self.recipe, device, data.new_ids)):
             if text: log.append("note", level="warning", text=text)
         predicted = self._forecast(log, data, device)
         recompute = predicted.recompute if predicted else self.recipe.gradient_checkpointing
@@ -349,6 +349,11 @@ class Trainer:
                    trainable_parameters=trainable, total_parameters=total, trained_tokens=stats["trained_tokens"], padding_free=flat, compiled=compiled,
                    dtype=str(dtype).removeprefix("torch."), device=memory["device"], limit_bytes=memory["limit_bytes"],
                    recompute=predicted.recompute if predicted else None, forecast=predicted.facts() if predicted else None)
+
+def _slow_here(r, device):
+    if not r.quantization or device.type != "cpu": return None
+    return (f"`quantization={r.quantization!r}` on a CPU saves memory and costs time, most of all where answers are generated: weights are unpacked for "
+            "every token. Where memory is not short, leave it out.")
 
 def _idle_gpus():
     if process_count() > 1 or (found := torch.cuda.device_count()) < 2: return None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'state_words', 'pair_samples', 'compare_html', 'compare_text', 'headline', 'score_words', 'note_words',
-           'run_text', 'run_html', 'count_rows', 'preview_headline', 'preview_html', 'preview_text', 'preview_page',
-           'transcript_html', 'transcript_text', 'plan_html', 'plan_text', 'forecast_html', 'report_html',
-           'results_table', 'differences_table', 'compare_runs_html', 'compare_runs_text']
+           'run_text', 'run_html', 'running_html', 'count_rows', 'preview_headline', 'preview_html', 'preview_text',
+           'preview_page', 'transcript_html', 'transcript_text', 'plan_html', 'plan_text', 'forecast_html',
+           'report_html', 'results_table', 'differences_table', 'compare_runs_html', 'compare_runs_text']
 
 # %% ../nbs/14_view.ipynb #8ec55f36
 import html, json, math, re, unicodedata
@@ -161,6 +161,15 @@ def run_html(
     parts += [_gauge(p), _table(_details(p, f))]
     if p.samples: parts.append(compare_html(pair_samples(p.samples)[-3:]))
     return tag("div", "".join(parts), style=_BOX)
+
+def running_html(
+    events, # events of a run, or a `Progress`
+    title:str, # of the run
+)->str: # HTML with inline styles only
+    "A run that trains, where something else shows it live."
+    f = as_progress(events).facts()
+    said = f"step {_steps_words(f)} when this line was made; run.watch() follows it"
+    return tag("div", _heading(title, f, f["model"] or "") + tag("div", html_escape(said), style=_SMALL), style=_BOX)
 
 def _gauge(p): return gauge_html(p.gauge())
 

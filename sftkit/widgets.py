@@ -344,6 +344,8 @@ class TerminalRenderer:
         self._last = ""
 
     def start(self, progress):
+        if not progress.state:                                       # what was said of a run before it begins
+            for note in progress.notes: self._tell(f"{note['kind']}: {visible(clip(note['text'], 1200))}")
         if not self._use_bar: return
         from rich.console import Console
         from rich.progress import BarColumn, Progress as Bar, TextColumn

@@ -369,3 +369,14 @@ def test_answers_past_the_positions_that_a_rotary_model_states_are_given_without
     model = tiny_model(tok)
     model.config.max_position_embeddings = 8
     assert generate(model, tok, [[5, 6, 7, 8]], max_new_tokens=12, stop_ids=[]) and not said
+
+
+def test_an_answer_that_did_not_end_by_itself_can_be_marked(tiny):
+    from sftkit.evaluate import generate
+    from sftkit.model import load_base, load_tokenizer
+    model, tokenizer = load_base(tiny), load_tokenizer(tiny)
+    prompts = [[5, 6, 7], [9, 10]]
+    plain = generate(model, tokenizer, prompts, 5, stop_ids=[])
+    assert generate(model, tokenizer, prompts, 5, stop_ids=[], cut=" …") == [text + " …" for text in plain]
+    first = model.generate(torch.tensor([prompts[0]]), do_sample=False, max_new_tokens=1)[0, -1].item()
+    assert generate(model, tokenizer, prompts[:1], 5, stop_ids=[first], cut=" …") == [""]

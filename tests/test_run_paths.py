@@ -9,7 +9,8 @@ import pytest
 import yaml
 from conftest import CHAT
 from sftkit import Run, Session
-from sftkit.recipe import DataError, RunError
+from running import PYTHON, chat_plan, environment
+from sftkit.recipe import DataError, RecipeError, RunError
 from sftkit.training import RunFinished, claim
 from tiny import save_tiny, write_jsonl
 
@@ -156,3 +157,29 @@ def test_data_that_was_replaced_is_not_taken_for_what_was_trained(work):
     assert run.report().read_text() == page and run.evaluate(metrics="perplexity")["perplexity"] > 0      # it has kept the rows that it held out
     write_jsonl("chat.jsonl", CHAT)
     assert Run.open("proj").evaluate(metrics="perplexity")["perplexity"] > 0 and "What is trained" in Run.open("proj").report().read_text()
+
+
+def test_an_earlier_run_of_the_name_is_said_to_be_kept(tiny, chat_file, capsys):
+    plan = chat_plan(tiny, "again", chat_file, max_steps=1)
+    plan.fit(); capsys.readouterr(); plan.fit()
+    assert "note: The run that was here before is kept as `again.1`." in capsys.readouterr().out
+
+
+def test_a_model_that_is_no_text_is_refused_at_once():
+    from sftkit import Session, sample_model
+    with pytest.raises(RecipeError, match="`model` is <function sample_model"): Session(sample_model)
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    done = subprocess.run(f"{PYTHON} -m sftkit llm --help | head -1", shell=True, capture_output=True, text=True, env=environment(PYTHONUNBUFFERED="1"))
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_a_step_that_takes_long_says_how_far_it_is(tiny, chat_file, monkeypatch):
+    from sftkit import engine
+    now = [0.0]
+    def clock(): now[0] += 4; return now[0]
+    monkeypatch.setattr(engine.time, "monotonic", clock)
+    run = chat_plan(tiny, "slow", chat_file, max_steps=1, batch_size=2, gradient_accumulation=8).fit()
+    said = [e["text"] for e in run.events if e["kind"] == "doing" and e["text"].startswith("micro-batch")]
+    assert said and all(text.endswith(" of 8") for text in said) and len(said) < 8

@@ -84,6 +84,7 @@ def test_killed_worker_shows_as_died_and_is_gone_on_with(tiny, chat_file):
     run = plan.start()
     with pytest.raises(RunError, match="training right now|about to end"): plan.start()
     reach(run, 6)
+    assert "run.watch() follows it" in run._repr_html_() and "<img" not in run._repr_html_()          # something else shows it live
     os.kill(run.directory.status()["pid"], signal.SIGKILL)
     with pytest.raises(RunError, match="died") as told: run.wait(30)
     assert run.state == "died"

@@ -517,7 +517,7 @@ def test_acceptance_33_runs_and_resumes_say_nothing_but_their_own_lines(tiny, ti
     """As in a terminal: in a process of its own, since pytest keeps warnings to itself."""
     done = subprocess.run([sys.executable, "-c", QUIET, tiny, tiny_wide, tiny_gpt2], capture_output=True, text=True, env=environment("WANDB", WANDB_MODE="offline"))
     assert (done.returncode, done.stderr) == (0, "")
-    own = ("starting ", "training ", "stopped ", "finished ", "note: Stopped early at step", "note: wandb keeps this run in")
+    own = ("starting ", "training ", "stopped ", "finished ", "note: Stopped early at step", "note: wandb keeps this run in", "warning: `quantization='int4'` on a CPU saves memory")
     assert all(line.startswith(own) for line in done.stdout.splitlines()), done.stdout
 
 
