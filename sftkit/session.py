@@ -375,7 +375,7 @@ def _plan_facts(plan):
     f, value = plan._fields, lambda name: plan._fields.get(name, recipe_fields()[name].default)
     source = f"{len(plan._rows):,} rows in memory" if plan._rows is not None else _short(f.get("data_path", "none yet: add .data(...)"))
     held = f"{len(plan._valid_rows):,} rows in memory" if plan._valid_rows is not None else _short(value("valid_path")) or value("valid_split")
-    count = lambda n, what: f"{n:g} {what}{'s' * (n != 1)}"
+    count = lambda n, what: f"{n:,}".removesuffix(".0") + f" {what}{'s' * (n != 1)}"
     adapter = f"LoRA, rank {value('lora_r')}, alpha {value('lora_alpha')}, on {value('target_modules')}" if value("peft") else "all weights"
     rows = [("model", _short(f["model"])), ("data", str(source) + (f" · through {len(plan._maps)} map "
                                                                    f"step{'s' * (len(plan._maps) > 1)}" if plan._maps else "")),
