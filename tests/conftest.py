@@ -24,6 +24,11 @@ def pytest_xdist_auto_num_workers(config):
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_collection_modifyitems(items):
+    "Notebooks first: some take minutes, and one that begins last runs alone."
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_project.py::test_notebook_runs"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def frozen_imports():
     "Each run looks for what it can free; what was imported need not be looked through every time."

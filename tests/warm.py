@@ -32,10 +32,11 @@ HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets"
 NOTEBOOK = ("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "anywidget", "tqdm.auto")
 READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
 READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, beside what they find on PYTHONPATH: deepspeed
+SET_LATER = ("TORCH_NCCL", "TORCHINDUCTOR_CACHE_DIR")          # by torchrun and by PyTorch, without a meaning for what is imported
 CLIENT = '''#!{python} -SI
 import json, os, signal, socket, struct, sys
 words = sys.argv[1:]
-def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(names) and not k.startswith(("TORCH_NCCL", "TORCHINDUCTOR_CACHE_DIR"))}}          # which torchrun and PyTorch set
+def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(names) and not k.startswith({set_later!r})}}
 plain = words[1:] if words[:1] == ["-u"] else words
 if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept({read!r}) != {kept!r}: os.execv({python!r}, [{python!r}, *words])
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
@@ -70,8 +71,8 @@ def start(
 
 def _program(folder):
     address, program = f"{folder}/server", f"{folder}/python"
-    def kept(names): return {k: v for k, v in environment().items() if k.startswith(names)}
-    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept(READ), read_too=READ_TOO, kept_too=kept(READ_TOO), address=address))
+    def kept(names): return {k: v for k, v in environment().items() if k.startswith(names) and not k.startswith(SET_LATER)}
+    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept(READ), read_too=READ_TOO, kept_too=kept(READ_TOO), set_later=SET_LATER, address=address))
     os.chmod(program, 0o755)
     return program
 
