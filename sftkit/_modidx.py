@@ -1051,6 +1051,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sftkit.widgets.Publisher.wait': ('widgets.html#publisher.wait', 'sftkit/widgets.py'),
                                 'sftkit.widgets.TerminalRenderer': ('widgets.html#terminalrenderer', 'sftkit/widgets.py'),
                                 'sftkit.widgets.TerminalRenderer.__init__': ('widgets.html#terminalrenderer.__init__', 'sftkit/widgets.py'),
+                                'sftkit.widgets.TerminalRenderer._note': ('widgets.html#terminalrenderer._note', 'sftkit/widgets.py'),
                                 'sftkit.widgets.TerminalRenderer._say': ('widgets.html#terminalrenderer._say', 'sftkit/widgets.py'),
                                 'sftkit.widgets.TerminalRenderer._tell': ('widgets.html#terminalrenderer._tell', 'sftkit/widgets.py'),
                                 'sftkit.widgets.TerminalRenderer.finish': ('widgets.html#terminalrenderer.finish', 'sftkit/widgets.py'),

@@ -675,6 +675,7 @@ def _look(fig): # on light and dark
 
 def _gaps(y): return [float(f"{v:.6g}") if math.isfinite(v) else None for v in y] # more digits are none that one sees, and fill a notebook
 
+# %% ../nbs/13_charts.ipynb #0eab272c
 def history_figure(
     events, # events of a run, or a `Progress`
     max_points:int=2000, # per curve
@@ -708,17 +709,18 @@ def compare_figure(
     max_points:int=2000, # per curve
 ): # plotly.graph_objects.Figure
     "The losses of several runs on common axes; evaluations are rings."
-    fig, runs = _figure_class()(), {visible(clip(name, 200)): as_progress(events) for name, events in runs.items()}
-    for i, (name, p) in enumerate(runs.items()):
-        curves, ink = series(p, max_points, ("loss", "eval_loss")), run_ink(i)[0]
+    fig, runs = _figure_class()(), {name: as_progress(events) for name, events in runs.items()}
+    names, inks = [visible(clip(name, 200)) for name in runs], [run_ink(i)[0] for i in range(len(runs))]
+    for name, ink, p in zip(names, inks, runs.values()):
+        curves = series(p, max_points, ("loss", "eval_loss"))
         x, y = curves["loss"]
         fig.add_scatter(x=x, y=_gaps(y), mode="lines", name=name, line=dict(color=ink, width=1.4))
         x, y = curves["eval_loss"]
         if x: fig.add_scatter(x=x, y=_gaps(y), mode="markers", name=f"{name} eval", marker=dict(color=ink, symbol="circle-open", size=9))
     _look(fig)
     fig.update_xaxes(title="optimizer step"); fig.update_yaxes(title="loss (nats per trained token)")
-    few = {name: compare_curves(p, 200) for name, p in runs.items()}
-    legend = "".join(legend_entry(f"{i + 1} {name}", run_ink(i)[0]) for i, name in enumerate(runs))
+    legend = "".join(legend_entry(f"{i} {name}", ink) for i, (name, ink) in enumerate(zip(names, inks), 1))
     fig._words = f"Figure: losses of {len(runs)} runs by optimizer step"
-    fig._picture = tag("div", svg_image(compare_svg(few), fig._words)) + tag("div", legend, style="font-size:12px")
+    picture = svg_image(compare_svg({name: compare_curves(p, 200) for name, p in runs.items()}), fig._words)
+    fig._picture = tag("div", picture) + tag("div", legend, style="font-size:12px")
     return fig

@@ -211,7 +211,7 @@ class Engine(SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step, and its trained tokens on all processes. Written out here, since Unsloth puts its own in transformers' place."
         batch_samples = list(itertools.islice(epoch_iterator, num_batches))
-        self.step_parts, self.step_batches, self.told = None, [], time.monotonic()
+        self.step_parts, self.step_batches, self.micro_batches, self.said_at = None, [], len(batch_samples), time.monotonic()
         tokens = sum((b["labels"][:, 1:] != -100).sum() for b in batch_samples).to(device)
         self.step_tokens = self.accelerator.gather(tokens).sum()
         real = lambda b: b["documents" if "documents" in b else "attention_mask"] > 0
@@ -244,9 +244,9 @@ class Engine(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_batches.append(inputs)
-        if time.monotonic() - self.told > 10:                        # of a step that takes long, how far it is
-            self.told = time.monotonic()
-            self.recorder.add("doing", text=f"micro-batch {len(self.step_batches)} of {self.data_prepared.recipe.gradient_accumulation}")
+        if time.monotonic() - self.said_at > 10:                     # of a step that takes long, how far it is
+            self.said_at = time.monotonic()
+            self.recorder.add("doing", text=f"micro-batch {len(self.step_batches)} of {self.micro_batches}")
         try: return self._accumulate(model, [inputs], num_items_in_batch)
         except RuntimeError as e:
             if not is_out_of_memory(e): raise

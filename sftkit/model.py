@@ -826,6 +826,7 @@ def _layout(model): # name -> shape, whether it is trained, and the first name o
     first, named = {}, list(model.named_parameters(remove_duplicate=False))
     return {n: (tuple(p.shape), p.requires_grad, first.setdefault(id(p), n)) for n, p in named}, {n: p.dtype for n, p in named}
 
+# %% ../nbs/05_model.ipynb #e5255bf7
 def load_to_share(
     r:Recipe,
     tokenizer, # with the new tokens already added

@@ -377,8 +377,7 @@ def _plan_facts(plan):
     held = f"{len(plan._valid_rows):,} rows in memory" if plan._valid_rows is not None else _short(value("valid_path")) or value("valid_split")
     count = lambda n, what: f"{n:,}".removesuffix(".0") + f" {what}{'s' * (n != 1)}"
     adapter = f"LoRA, rank {value('lora_r')}, alpha {value('lora_alpha')}, on {value('target_modules')}" if value("peft") else "all weights"
-    rows = [("model", _short(f["model"])), ("data", str(source) + (f" · through {len(plan._maps)} map "
-                                                                   f"step{'s' * (len(plan._maps) > 1)}" if plan._maps else "")),
+    rows = [("model", _short(f["model"])), ("data", str(source) + (f" · through {count(len(plan._maps), 'map step')}" if plan._maps else "")),
             ("evaluation", _held_out_words(held)),
             ("template", value("chat_template") or "the model's own, else chatml"),
             ("trains", adapter + (f" · base in {value('quantization')}" if value("quantization") else "")),

@@ -162,6 +162,7 @@ def run_html(
     if p.samples: parts.append(compare_html(pair_samples(p.samples)[-3:]))
     return tag("div", "".join(parts), style=_BOX)
 
+# %% ../nbs/14_view.ipynb #606f09a6
 def running_html(
     events, # events of a run, or a `Progress`
     title:str, # of the run

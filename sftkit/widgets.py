@@ -345,7 +345,7 @@ class TerminalRenderer:
 
     def start(self, progress):
         if not progress.state:                                       # what was said of a run before it begins
-            for note in progress.notes: self._tell(f"{note['kind']}: {visible(clip(note['text'], 1200))}")
+            for note in progress.notes: self._note(note["kind"], note["text"])
         if not self._use_bar: return
         from rich.console import Console
         from rich.progress import BarColumn, Progress as Bar, TextColumn
@@ -356,7 +356,7 @@ class TerminalRenderer:
 
     def push(self, events, progress):
         for e in events:
-            if e.get("kind") in ("note", "oom"): self._tell(f"{'warning' if e.get('level') == 'warning' else 'note'}: {visible(clip(e.get('text', ''), 1200))}")
+            if e.get("kind") in ("note", "oom"): self._note("warning" if e.get("level") == "warning" else "note", e.get("text", ""))
         if self._bar is not None:
             f = progress.facts()
             self._bar.update(self._task, completed=f["step"], total=f["total_steps"], line=_bar_line(f), refresh=True)
@@ -373,6 +373,7 @@ class TerminalRenderer:
         if line != self._last: self._tell(line)
         self._last = line
 
+    def _note(self, kind, text): self._tell(f"{kind}: {visible(clip(text, 1200))}")
     def _tell(self, line): # a line that stays, above the bar
         if self._bar is not None and self._bar.live.is_started: self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else: print(line, file=self.file, flush=True)
