@@ -1,15 +1,15 @@
 """Several GPUs of one machine, checked on one that has them: python bench/gpus.py [--out GPUS.json] [--layers 16 --hidden 2048]
 
 Each way of starting several processes must take the steps of one process with the same rows an update: the launchers of acceptance 30 (`sftkit llm`, `accelerate launch`, `torchrun`, `plan.start`), then
-FSDP and DeepSpeed (where it is installed), which must not load the whole model on any of them. Then how much faster two are than one. A random Llama is made on the spot.
---only takes some of launchers, sharding (or of it fsdp or deepspeed alone) and speed. With --tiny it runs on a CPU, two processes with gloo, to try the script itself.
-With --one-gpu two processes share a single GPU, as of two machines and with gloo, since NCCL refuses that; sharding alone is checked then, and of FSDP the losses and the loading: PyTorch crashes where gloo
-gathers a GPU's DTensor, so that run ends at its result.
+FSDP and DeepSpeed (where it is installed), which must not load the whole model on any of them; killed and resumed, they must take the same steps. Then how much faster two are than one. A random Llama is
+made on the spot. --only takes some of launchers, sharding (or of it fsdp or deepspeed alone) and speed. With --tiny it runs on a CPU, two processes with gloo, to try the script itself.
+With --one-gpu two processes share a single GPU, as two machines that NCCL joins over a socket (NCCL_HOSTID tells it that they are two, or it would refuse); sharding alone is checked then.
 """
-import argparse, json, os, socket, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, signal, socket, statistics, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 from runs import CUDA, ROOT, about, check, failed, log_normal_rows, random_llama, results, shared_memory, write
 
 import torch
@@ -23,11 +23,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "-m", "sftkit"]
 
 
-LOADS = """import accelerate, json, os, torch
+LOADS = """import json, os, torch
 from sftkit import engine
 from sftkit.training import Trainer
 
-if one_gpu := os.environ.get("ONE_GPU") and "RANK" in os.environ: accelerate.PartialState(backend="gloo")
 held = lambda p: getattr(p, "_local_tensor", p).nbytes + getattr(p, "ds_tensor", torch.empty(0)).nbytes
 
 class Loads(Trainer):
@@ -41,12 +40,7 @@ class Loads(Trainer):
                 with open(f"{self.recipe.project_name}-{os.environ['RANK']}.json", "w") as f: json.dump(dict(most=most, whole=sum(sizes), largest=max(sizes)), f)
                 return model
             return call
-        def arguments(*args, usual=engine.training_arguments):
-            made = usual(*args)
-            if one_gpu: accelerate.PartialState._shared_state["backend"] = "gloo"      # transformers takes nccl for granted
-            return made
         for name in ("share_out_fsdp", "share_out_zero3"): setattr(engine, name, noted(getattr(engine, name)))
-        engine.training_arguments = arguments
         return super()._fit(view)
 """
 
@@ -58,20 +52,36 @@ def make(layers, hidden, vocabulary):
     Path("loads.py").write_text(LOADS)
 
 
-def run(name, launcher, recipe):
-    "Carry a recipe out with a launcher's command; returns its steps, the seconds from start to end, and the exit code."
+def steps_of(name): return [e for e in RunDirectory(name).events() if e["kind"] == "step"] if Path(name).exists() else []
+
+
+def run(name, launcher, recipe, kill_at=None):
+    "Carry a recipe out with a launcher's command, killed after step `kill_at` and then resumed; returns its steps, the seconds from start to end, and the exit code."
     r = recipe.replace(project_name=name)
     (Path(name + ".yaml")).write_text(r.to_yaml())
-    env = {**os.environ, "OMP_NUM_THREADS": "4"}
-    if r.nodes:                                                              # of one machine
-        with socket.socket() as s: s.bind(("127.0.0.1", 0)); env |= dict(ONE_GPU="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    began = time.monotonic()
-    started = [subprocess.Popen([*launcher, "llm", "--config", name + ".yaml"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) for _ in range(r.nodes or 1)]
-    said = [process.communicate()[0] for process in started]
+    began, command = time.monotonic(), ["llm", "--config", name + ".yaml"]
+    if kill_at:
+        started = start(launcher, command, r)
+        while len(steps_of(name)) < kill_at and all(process.poll() is None for process in started): time.sleep(0.1)
+        for process in [p for agent in started for p in (*psutil.Process(agent.pid).children(recursive=True), agent) if agent.poll() is None]: process.send_signal(signal.SIGKILL)
+        for process in started: process.wait()
+        if len(steps_of(name)) >= r.max_steps: return [], time.monotonic() - began, "not killed in time"
+        command = ["resume", name]
+    started = start(launcher, command, r)
+    for process in started: process.wait()
     code = max(abs(process.returncode) for process in started)
-    if code: print(*(text[-4000:] for text in said), sep="\n")
-    events = RunDirectory(name).events() if Path(name).exists() else []
-    return [e for e in events if e["kind"] == "step"], time.monotonic() - began, code
+    if code: print(*(Path(f"{name}-{i}.log").read_text()[-4000:] for i in range(len(started))), sep="\n")
+    return steps_of(name), time.monotonic() - began, code
+
+
+def start(launcher, command, recipe): # a process of each machine that the recipe names, all on this one
+    env, started = {**os.environ, "OMP_NUM_THREADS": "4"}, []
+    if recipe.nodes:
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), NCCL_SOCKET_IFNAME="lo")
+    for machine in range(recipe.nodes or 1):
+        with open(f"{recipe.project_name}-{machine}.log", "w") as log:
+            started.append(subprocess.Popen([*launcher, *command], stdout=log, stderr=subprocess.STDOUT, env=env | dict(NCCL_HOSTID=str(machine)) if recipe.nodes else env))
+    return started
 
 
 def gap(a, b): return max((abs(x["loss"] - y["loss"]) for x, y in zip(a, b)), default=float("inf")) if len(a) == len(b) else float("inf")
@@ -99,10 +109,13 @@ def sharding(half, backends, two):
         for kind, fields in (("full", {}), ("LoRA", dict(peft=True, lora_dropout=0.0, lr=1e-3))):
             if kind not in reference: reference[kind], *_ = run(f"plain-{kind}", SFTKIT, half.replace(gradient_accumulation=2, **fields))
             steps, seconds, code = run(f"{backend}-{kind}", SFTKIT, half.replace(distributed_backend=backend, trainer="loads:Loads", **two, **fields))
-            ends = backend != "fsdp" or "nodes" not in two                  # on one GPU: PyTorch crashes where gloo gathers FSDP's weights to write them
-            loads = not ends or code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
+            loads = code == 0 and (load_base(f"{backend}-{kind}") is not None if kind == "full" else Path(f"{backend}-{kind}/adapter_model.safetensors").exists())
             distance = gap(steps, reference[kind])
-            check(f"{backend}, {kind}: the losses of one process" + ", and a result that loads" * ends, loads and distance < 0.05, largest_gap=distance, wall_s=seconds)
+            check(f"{backend}, {kind}: the losses of one process, and a result that loads", loads and distance < 0.05, largest_gap=distance, wall_s=seconds)
+            saved = half.replace(distributed_backend=backend, save_steps=2, **two, **fields)
+            (again, *_), (resumed, seconds, code) = run(f"{backend}-{kind}-again", SFTKIT, saved), run(f"{backend}-{kind}-killed", SFTKIT, saved, kill_at=3)
+            check(f"{backend}, {kind}: killed and resumed, the losses of a run that was not", code == 0 and gap(resumed, steps) < 0.005, largest_gap=gap(resumed, steps),
+                  largest_gap_of_two_whole_runs=gap(again, steps), wall_s=seconds)
             if backend == "fsdp" or kind == "full":
                 notes = [json.loads(f.read_text()) for rank in range(2) if (f := Path(f"{backend}-{kind}-{rank}.json")).exists()]
                 most, whole, largest = (max((n[k] for n in notes), default=0) for k in ("most", "whole", "largest"))

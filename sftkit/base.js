@@ -16,7 +16,8 @@ const inSelector = (id) => String(id).replace(/[^\w-]/g, "");
 
 function ticks(low, high, n, whole) { // about `n` round numbers in the range, as sftkit.charts.nice_ticks
   const raw = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(raw)), out = [];
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999 && !(whole && s % 1)) ?? 1;
+  const steps = [1, 2, 2.5, 5, 10].map((m) => m * power).filter((s) => !(whole && s % 1)), off = (s) => Math.max(s / raw, raw / s);
+  const step = steps.sort((a, b) => off(a) - off(b))[0] ?? 1;
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(+(i * step).toPrecision(12));
   return out;
 }

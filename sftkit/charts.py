@@ -358,7 +358,8 @@ def nice_ticks(
     "Round numbers to label an axis with."
     raw = (high - low) / max(n, 1) or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999 and not (whole and m * power % 1)), 1.0)
+    steps = [m * power for m in (1, 2, 2.5, 5, 10) if not (whole and m * power % 1)]
+    step = min(steps, key=lambda s: max(s / raw, raw / s), default=1.0)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

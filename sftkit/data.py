@@ -82,10 +82,14 @@ def detect_shape(
     if text_column in columns: main = (text_column,)
     elif text_column == "text" and known: main = known[0]
     else:
-        near = sorted(columns, key=lambda c: -difflib.SequenceMatcher(None, c.lower(), text_column.lower()).ratio())
-        raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(near) or 'none'}.{did_you_mean(text_column, columns)} Type "
-                        f"{_column_is(near[0] if near else 'text')}, or use names that are recognised: text, messages, conversations, "
-                        "prompt + completion, instruction (+ input) + output, question + answer.")
+        texts, meant = [c for c in columns if isinstance(rows[0].value.get(c), str)], did_you_mean(text_column, columns)
+        near = sorted(columns, key=lambda c: (c not in texts, -difflib.SequenceMatcher(None, c.lower(), text_column.lower()).ratio()))
+        advice = f"Type {_column_is(near[0] if near else 'text')}"
+        if len(texts) > 1 and not meant:
+            advice = (f"If one holds the whole text, type {_column_is(near[0])}; if two are a request and its answer, name them so with "
+                      f'.map(lambda row: dict(prompt=row["{texts[0]}"], completion=row["{texts[1]}"]))')
+        raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(near) or 'none'}.{meant} {advice}. Recognised without being named: text, "
+                        "messages, conversations, prompt + completion, instruction (+ input) + output, question + answer.")
     if text_column == "text": _check_mixture(rows, main, known)
     kinds = {name: _column_kind(rows, name) for name in main}
     if main in (("messages",), ("conversations",)) and text_column == "text" and kinds[main[0]] != "messages":

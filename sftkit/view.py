@@ -248,8 +248,8 @@ def _row_counts(row): return sum(v != -100 for v in row["labels"]), len(row["inp
 def count_rows(n): return f"{n:,} row{'s' * (n != 1)}"
 
 def preview_headline(rows, stats, of="whole data: "): # the sentences above a preview: of the whole data where it is known, else of the rows that are shown
-    many, lost = stats.get("rows", len(rows)), stats.get("lost_rows") or []
-    lost = lost if isinstance(lost, int) else len(lost)
+    many, places = stats.get("rows", len(rows)), stats.get("lost_rows") or ()
+    lost, named = (places, ()) if isinstance(places, int) else (len(places), places[:3])
     if stats.get("rows") is not None and stats.get("total_tokens"):      # a row without a trained token is not trained on, and its tokens are not in the sum
         trained, total = stats["trained_tokens"], stats["total_tokens"]
         lines = [f"{of}{trained:,} of {total:,} tokens are trained ({trained / total:.0%}) in " + f"{many - lost:,} of " * bool(lost) + count_rows(many)]
@@ -259,7 +259,7 @@ def preview_headline(rows, stats, of="whole data: "): # the sentences above a pr
     cut = stats.get("cut_rows", sum(bool(r["cut_ids"]) for r in rows))
     at = stats.get("max_seq_length") or next((len(r["input_ids"]) for r in rows if r["cut_ids"]), None)
     if cut: lines.append(f"{count_rows(cut)} of {many:,} {'are' if cut > 1 else 'is'} cut" + (f" at {at:,}" if at else ""))
-    if lost: lines.append(f"⚠ {count_rows(lost)} {'have' if lost > 1 else 'has'} no trained token")
+    if lost: lines.append(f"⚠ {count_rows(lost)} {'have' if lost > 1 else 'has'} no trained token" + f": {', '.join((*named, '…')[:lost])}" * bool(named))
     return " · ".join(lines)
 
 # %% ../nbs/14_view.ipynb #2ab43128

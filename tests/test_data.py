@@ -268,7 +268,8 @@ def test_a_named_column_wins_and_the_others_are_noted():
 
 def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
     with pytest.raises(DataError, match=r"no column `contents`. Columns: content, id.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
-    with pytest.raises(DataError, match="no column `text`. Columns: .*body"): one_row({"body": "a", "n": 1})
+    with pytest.raises(DataError, match="no column `text`. Columns: body, n. Type text_column=.body"): one_row({"n": 1, "body": "a"})
+    with pytest.raises(DataError, match=r'map\(lambda row: dict\(prompt=row\["ask"\], completion=row\["reply"\]\)\)'): one_row({"n": 1, "ask": "a", "reply": "b"})
 
 def test_mixed_types_name_the_row(tmp_path):
     rows = [{"text": "a"}] * 6 + [{"text": ["b"]}] + [{"text": "b"}]

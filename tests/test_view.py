@@ -364,7 +364,8 @@ def test_cut_tokens_are_struck_through_and_counted():
 
 @pytest.mark.parametrize("stats, said", [(None, "2 of 8 tokens are trained in these 2 rows"), (dict(rows=2, trained_tokens=2, total_tokens=8), "whole data: 2 of 8 tokens are trained (25%) in 2 rows"),
     (dict(rows=1, trained_tokens=1, total_tokens=4, lost_rows=[]), "whole data: 1 of 4 tokens are trained (25%) in 1 row"),
-    (dict(rows=3, trained_tokens=2, total_tokens=8, lost_rows=["row 3"]), "whole data: 2 of 8 tokens are trained (25%) in 2 of 3 rows · ⚠ 1 row has no trained token")])
+    (dict(rows=3, trained_tokens=2, total_tokens=8, lost_rows=["row 3"]), "whole data: 2 of 8 tokens are trained (25%) in 2 of 3 rows · ⚠ 1 row has no trained token: row 3"),
+    (dict(rows=9, trained_tokens=2, total_tokens=8, lost_rows=["a", "b", "c", "d"]), "whole data: 2 of 8 tokens are trained (25%) in 5 of 9 rows · ⚠ 4 rows have no trained token: a, b, c, …")])
 def test_the_headline_of_a_preview_makes_one_statement(stats, said):
     rows = [row("a b c d", ["a", " b", " c", " d"], trained={1})] * 2
     assert view.preview_headline(rows, stats or {}) == said and f" {said} " in safe(preview_html(rows, str, stats=stats)).words
