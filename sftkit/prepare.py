@@ -235,8 +235,8 @@ def _losses(name, stats, limit):
 
 # %% ../nbs/09_prepare.ipynb #667702c7
 class Batches(torch.utils.data.Sampler):
-    "Yields lists of row numbers: a shuffled epoch cut into batches of rows alike in length. Another way to form batches overrides `epoch_batches`."
-    drop_last, window = False, 8
+    "Yields lists of row numbers: a shuffled epoch cut into optimizer steps, those into batches of rows alike in length. Another way to form batches overrides `epoch_batches`."
+    drop_last, sorted_together = False, 32
 
     def __init__(self,
         lengths:list, # tokens of each example
@@ -244,8 +244,10 @@ class Batches(torch.utils.data.Sampler):
         seed:int,
         rank:int=0, # this process
         processes:int=1,
+        accumulation:int=1, # batches of each process in an optimizer step
     ):
         self.lengths, self.batch_size, self.seed, self.epoch, self.rank, self.processes = lengths, batch_size, seed, 0, rank, processes
+        self.step_rows = batch_size * accumulation * processes
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     def count(self)->int: return math.ceil(len(self.lengths) / self.batch_size)
@@ -253,12 +255,13 @@ class Batches(torch.utils.data.Sampler):
 
     def epoch_batches(self, random:torch.Generator)->list:
         "All batches of an epoch, for all processes."
-        n, size = len(self.lengths), self.batch_size
-        order, span = torch.randperm(n, generator=random).tolist(), self.batch_size * self.window
-        short = order[n - n % size:]                                 # the smaller batch comes last
-        order = [i for start in range(0, n - n % size, span) for i in sorted(order[start:min(start + span, n - n % size)], key=lambda i: self.lengths[i])]
-        batches = [order[i:i + size] for i in range(0, len(order), size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()] + [short] * bool(short)
+        n, size = len(self.lengths), self.step_rows
+        order, whole, span = torch.randperm(n, generator=random).tolist(), n - n % size, size * max(1, self.sorted_together // size)
+        by_length = lambda rows: sorted(rows, key=lambda i: self.lengths[i])
+        order = [i for start in range(0, whole, span) for i in by_length(order[start:min(start + span, whole)])] + by_length(order[whole:])
+        steps = [order[i:i + size] for i in range(0, whole, size)]
+        steps = [steps[i] for i in torch.randperm(len(steps), generator=random).tolist()] + [order[whole:]]       # the smaller step comes last
+        return [step[i:i + self.batch_size] for step in steps for i in range(0, len(step), self.batch_size)]
 
     def filler(self, batch): return [~batch[0]]
     def random(self, epoch:int)->torch.Generator: return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -271,7 +274,7 @@ class Batches(torch.utils.data.Sampler):
 # %% ../nbs/09_prepare.ipynb #8fb59d4b
 class PackedBatches(Batches):
     "Yields lists of packed rows, each a tuple of the numbers of its documents; `batch_size` rows of at most `capacity` tokens."
-    def __init__(self, lengths:list, batch_size:int, seed:int, capacity:int, rank:int=0, processes:int=1):
+    def __init__(self, lengths:list, batch_size:int, seed:int, capacity:int, rank:int=0, processes:int=1): # steps of shuffled rows, however they are cut
         super().__init__(lengths, batch_size, seed, rank, processes)
         self.capacity, self.rows = capacity, len(pack_rows(lengths, capacity))
 
@@ -296,7 +299,7 @@ def batches_of(
 
 def _batches(r, lengths, rank=0, processes=1):
     if r.packing: return PackedBatches(lengths, r.batch_size, r.seed, r.max_seq_length, rank, processes)
-    return Batches(lengths, r.batch_size, r.seed, rank, processes)
+    return Batches(lengths, r.batch_size, r.seed, rank, processes, r.gradient_accumulation)
 
 def train_loader(
     data:Prepared,

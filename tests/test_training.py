@@ -92,12 +92,15 @@ def test_acceptance_13_pad_that_is_eos_changes_nothing_of_the_training(tmp_path,
 
 
 def test_acceptance_25_batch_1_times_32_is_batch_32(tiny):
-    fields = dict(max_steps=2, warmup_ratio=0.0)
-    a = plan_for(tiny, CHAT[:32], "a", batch_size=32, gradient_accumulation=1, **fields).options(epochs=2).fit()
-    b = plan_for(tiny, CHAT[:32], "b", batch_size=1, gradient_accumulation=32, **fields).options(epochs=2).fit()
-    assert losses(a) == pytest.approx(losses(b), abs=1e-4)
-    wa, wb = load_file("a/model.safetensors"), load_file("b/model.safetensors")
-    assert all(torch.allclose(wa[k], wb[k], atol=1e-4) for k in wa)
+    "However 32 rows are cut, the same rows make a step, the smaller last one of an epoch too."
+    fields = dict(max_steps=4, warmup_ratio=0.0)
+    rows = [*CHAT, *({"messages": [*row["messages"], {"role": "user", "content": f"once more {i}"}, {"role": "assistant", "content": "no " * i + "more"}]} for i, row in enumerate(CHAT[:28]))]
+    one, *others = (plan_for(tiny, rows, f"{size}", batch_size=size, gradient_accumulation=32 // size, **fields).options(epochs=2).fit() for size in (32, 8, 1))
+    assert len(losses(one)) == 4
+    for run in others:
+        assert losses(run) == pytest.approx(losses(one), abs=1e-4)
+        a, b = load_file(one.path/"model.safetensors"), load_file(run.path/"model.safetensors")
+        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 def test_acceptance_22_recomputing_activations_changes_nothing(tiny):
@@ -533,10 +536,10 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run(tiny, chat_file):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_acceptance_16_two_processes_have_the_loss_of_one(tiny, chat_file, accumulation):
-    """torchrun with two processes against one process with twice the accumulation: the same rows in each step, the same losses and weights."""
-    fields = dict(batch_size=4, epochs=2, save_steps=3, valid_split=8)
-    one = plan_for(tiny, chat_file, "one", gradient_accumulation=2 * accumulation).options(**fields).fit()
-    args = plan_for(tiny, chat_file, "two", gradient_accumulation=accumulation).options(**fields).recipe.to_args()
+    """torchrun with two processes against one process that cuts the same number of rows otherwise: the same rows in each step, the same losses and weights."""
+    fields = dict(epochs=2, save_steps=3, valid_split=8)
+    one = plan_for(tiny, chat_file, "one", batch_size=8, gradient_accumulation=accumulation).options(**fields).fit()
+    args = plan_for(tiny, chat_file, "two", batch_size=4, gradient_accumulation=accumulation).options(**fields).recipe.to_args()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sftkit", "llm", *args],
                           capture_output=True, text=True, env=environment(CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stdout + done.stderr
