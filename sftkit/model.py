@@ -8,10 +8,10 @@ __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'from_main_
            'check_quantized_source', 'unmergeable', 'made_for', 'position_limit', 'within_positions', 'structure',
            'load_base', 'fit_embeddings', 'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora',
            'absorb_quantization_error', 'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers',
-           'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights', 'adapter_base', 'tokenizer_source',
-           'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth',
-           'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors', 'load_to_share', 'save_model',
-           'load_trained', 'sample_model']
+           'compile_layers', 'can_compile', 'stored_kind', 'weights_folder', 'earlier_weights', 'adapter_base',
+           'base_of', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
+           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors',
+           'load_to_share', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
 import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from .events import RunDirectory, process_count, process_rank
+from .events import RunDirectory, process_count, process_rank, short_path
 from .recipe import ModelError, Recipe, RunError, SftkitError, did_you_mean, first_line, hub_access, recipe_fields
 
 for _noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"): logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -305,7 +305,6 @@ def _load_gguf(model, options, trust_remote_code):
         generation = loaded.generation_config
         loaded = type(loaded).from_pretrained(None, config=loaded.config, state_dict=loaded.state_dict(), quantization_config=quantization, **options)
         loaded.generation_config = generation
-    loaded.name_or_path = loaded.config._name_or_path = os.path.abspath(model)
     return loaded
 
 def load_base(
@@ -324,6 +323,7 @@ def load_base(
     with _no_progress_bar():
         if str(model).endswith(".gguf"): loaded = _load_gguf(str(model), options, trust_remote_code)
         else: loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
+    if os.path.exists(model): loaded.name_or_path = loaded.config._name_or_path = os.path.abspath(model)         # an adapter on it says where it lies
     if getattr(loaded, "is_loaded_in_4bit", False): _keep_gradients_on_cpu(loaded)
     if getattr(loaded, "is_loaded_in_8bit", False): _keep_no_inputs()
     _train_padding(loaded)
@@ -516,7 +516,7 @@ def add_lora(
                         fan_in_fan_out=not r.quantization and any(isinstance(m, Conv1D) for m in model.modules()))
     with _quiet_peft(): adapted = get_peft_model(model, config)
     _hold_saved_in_fp32(adapted)
-    if r.init_lora_weights == "loftq": absorb_quantization_error(adapted, r.model, r.trust_remote_code)
+    if r.init_lora_weights == "loftq": absorb_quantization_error(adapted, _sources(r)[0], r.trust_remote_code)
     return adapted
 
 # %% ../nbs/05_model.ipynb #d8a4a811
@@ -595,6 +595,13 @@ def stored_kind(
     folder = Path(folder).expanduser()
     return "adapter" if (folder/"adapter_config.json").exists() else "model" if (folder/"config.json").exists() else None
 
+def weights_folder(
+    run:str|Path, # a run directory, or a checkpoint of one
+)->Path|None: # None: it holds none
+    "Where the weights or the adapter of a run lie: beside its events, or in its last checkpoint."
+    run = Path(run).expanduser()
+    return next((folder for folder in (run, *(c for _, c in reversed(RunDirectory(run).checkpoints()))) if stored_kind(folder)), None)
+
 def earlier_weights(
     r:Recipe,
 )->Path|None: # the folder whose weights or adapter the run starts from; None: it starts from `r.model`
@@ -604,10 +611,7 @@ def earlier_weights(
         raise ModelError(f"`{r.model}` holds an adapter and no model. To train it further: `model={base!r}, continue_from={r.model!r}, peft=True`. To build "
                          "on it: merge it first.")
     if r.continue_from is None: return None
-    run = Path(r.continue_from).expanduser()
-    checkpoints = RunDirectory(run).checkpoints()
-    folder = run if stored_kind(run) else checkpoints[-1][1] if checkpoints else None
-    if folder is None or stored_kind(folder) is None:
+    if (folder := weights_folder(r.continue_from)) is None:
         raise ModelError(f"`continue_from={r.continue_from!r}` holds no weights. Accepted: a run directory with a result or a checkpoint, or a checkpoint of "
                          "one.")
     if stored_kind(folder) == "adapter" and not r.peft:
@@ -618,6 +622,17 @@ def earlier_weights(
 
 def _adapter_config(folder): return json.loads((Path(folder).expanduser()/"adapter_config.json").read_text(encoding="utf-8"))
 def adapter_base(folder)->str: return _adapter_config(folder)["base_model_name_or_path"]       # hub id, or place on this machine
+
+def base_of(
+    r:Recipe, # of a run, its paths as they are from here
+    folder:Path, # with the run's result or a checkpoint
+)->str: # hub id or place
+    "What a run's adapter stands on, where that lies now: run and model may have been moved together. Of a run without adapter, its model."
+    if stored_kind(folder) != "adapter": return r.model
+    said = adapter_base(folder)
+    if os.path.isabs(said) and os.path.exists(said): return said
+    places = (r.continue_from and weights_folder(r.continue_from), Path(r.model).expanduser())
+    return next((str(p) for p in places if p and p.exists() and p.name == Path(said).name), said)
 
 def tokenizer_source(
     r:Recipe,
@@ -684,7 +699,12 @@ def check_continues(
 ):
     "Raises `ModelError` if the earlier weights belong to another model."
     if stored_kind(folder) == "adapter":
-        base, theirs, ours = f"`{_adapter_config(folder).get('base_model_name_or_path')}`", _adapted_shapes(folder), _linear_shapes(model)
+        said = _adapter_config(folder).get("base_model_name_or_path") or ""
+        made_here = os.path.isabs(said) and any(RunDirectory(p).exists() for p in (said, Path(said).parent))
+        if made_here and not (os.path.exists(r.model) and os.path.samefile(said, r.model)):
+            raise ModelError(f"The adapter in `{folder}` stands on the weights that an earlier run left in `{said}`, and `model={r.model!r}` is another model. "
+                             f"Type model={short_path(Path(said))!r}.")
+        base, theirs, ours = f"`{said}`", _adapted_shapes(folder), _linear_shapes(model)
     else:
         earlier = structure(load_configuration(str(folder), r.trust_remote_code), trust_remote_code=r.trust_remote_code)
         base, theirs, ours = f"a {type(earlier).__name__}", _weight_shapes(earlier), _weight_shapes(model)

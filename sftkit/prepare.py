@@ -235,7 +235,9 @@ def _losses(name, stats, limit):
 
 # %% ../nbs/09_prepare.ipynb #667702c7
 class Batches(torch.utils.data.Sampler):
-    "Yields lists of row numbers: a shuffled epoch cut into optimizer steps, those into batches of rows alike in length. Another way to form batches overrides `epoch_batches`."
+    """Yields lists of row numbers: a shuffled epoch cut into optimizer steps, those into batches of rows alike in length.
+
+    Another way to form batches overrides `epoch_batches`."""
     drop_last, sorted_together = False, 32
 
     def __init__(self,

@@ -649,13 +649,13 @@ class Run:
 
     def _merge(self, out, source, examples=None):
         from sftkit.export import merge
+        from sftkit.model import base_of, weights_folder
         model, *_ = self._parts()
         if examples is None: examples = [e["input_ids"] for e in self._data().train.examples[:4]]
-        whole = any((self.path/n).exists() for n in ("config.json", "adapter_config.json"))
-        folder, base = self.path if whole else self.directory.checkpoints()[-1][1], model if self.recipe.quantization else None
+        folder, trained = weights_folder(self.path), model if self.recipe.quantization else None
         with hub_access(self.recipe.token):
-            return merge(folder, out, examples, base, model.device, self.recipe.trust_remote_code, self._texts(source, merged=True),
-                         _base_of(self._here))
+            return merge(folder, out, examples, trained, model.device, self.recipe.trust_remote_code, self._texts(source, merged=True),
+                         base_of(self._here, folder))
 
     def _texts(self, source, merged=False):
         "Card and recipe for a copy of the result that is loaded from `source`."
@@ -763,18 +763,13 @@ def _gone(path):
     raise RunError(f"The run that was in `{path}` is not there any more: another run has taken its name, and no folder beside it holds this one. "
                    f"Run.open(\"{path}\") opens the one that is there.")
 
-def _base_of(r): # where the base of an adapter lies; None: where the adapter says, as in a copy that `save` made
-    return r.model if Path(r.model).exists() else None
-
 def _load_run(run):
-    from sftkit.model import best_device, compute_dtype, load_trained
+    from sftkit.model import base_of, best_device, compute_dtype, load_trained, weights_folder
     from sftkit.prepare import make_encoder
-    r, about = run._here, run.about
-    done, checkpoints = any((run.path/n).exists() for n in ("config.json", "adapter_config.json")), run.directory.checkpoints()
-    if not done and not checkpoints: raise RunError(f"`{run.directory.shown}` holds no weights yet ({run.state}). Train it first, or resume it.")
-    device = best_device()
-    folder, dtype = run.path if done else checkpoints[-1][1], compute_dtype(r.mixed_precision, device)
-    with hub_access(r.token): model, tokenizer = load_trained(folder, dtype, device, r.quantization, r.trust_remote_code, _base_of(r))
+    r, about, folder, device = run._here, run.about, weights_folder(run.path), best_device()
+    if folder is None: raise RunError(f"`{run.directory.shown}` holds no weights yet ({run.state}). Train it first, or resume it.")
+    dtype = compute_dtype(r.mixed_precision, device)
+    with hub_access(r.token): model, tokenizer = load_trained(folder, dtype, device, r.quantization, r.trust_remote_code, base_of(r, folder))
     shape = Shape(about["shape"]["kind"], tuple(about["shape"]["columns"]))
     encoder, _ = make_encoder(r.replace(block_size=-1), shape, tokenizer)      # what it is given now is read row by row, not in blocks
     ends = model.generation_config.eos_token_id
@@ -786,7 +781,7 @@ class _as_base:
     def __init__(self, run): self.run = run
     def __enter__(self):
         from sftkit.evaluate import base_model
-        from sftkit.model import fit_embeddings, load_base
+        from sftkit.model import base_of, fit_embeddings, load_base, weights_folder
         model, tokenizer, encoder, stop_ids = self.run._parts()
         # those move part of the base into the adapter
         as_it_was = self.run.recipe.init_lora_weights not in ("pissa", "olora") and not self.run.recipe.modules_to_save
@@ -794,7 +789,8 @@ class _as_base:
         if self.off: self.off.__enter__()
         else:
             r = self.run._here
-            with hub_access(r.token): model = load_base(r.model, model.dtype, model.device, trust_remote_code=r.trust_remote_code)
+            base = base_of(r, weights_folder(self.run.path))
+            with hub_access(r.token): model = load_base(base, model.dtype, model.device, trust_remote_code=r.trust_remote_code)
             fit_embeddings(model, tokenizer)
         return Run(self.run.directory, self.run.recipe, model, tokenizer, encoder, stop_ids)
     def __exit__(self, *error):

@@ -1,4 +1,5 @@
 """What each LoRA option does to the numbers, which layers can be named, and what a run may go on from."""
+import os
 import shutil
 from pathlib import Path
 
@@ -253,6 +254,43 @@ def test_a_recipe_that_differs_from_the_adapter_it_continues_is_refused(first, f
 def test_a_template_with_tokens_that_the_adapter_lacks_is_refused(first):
     with pytest.raises(ModelError, match="<\\|user\\|>.*was not trained with"):
         plan_for(first[0], "x", continue_from=first[1], peft=True, chat_template="zephyr").fit()
+
+
+def test_an_adapter_on_the_weights_of_an_earlier_run_keeps_that_base(tmp_path):
+    "Reopened, merged, moved, compared with its base and continued: always on the full weights that the run started from."
+    save_tiny(tmp_path/"work"/"base", extra=("<|im_start|>", "<|im_end|>"))
+    os.chdir(tmp_path/"work")
+    fields = dict(lr=1e-2, max_steps=6, batch_size=4, gradient_accumulation=1)
+    rows = real_rows(list(Session("base", project="x", **fields).data(CHAT).batches())[:2])
+    Session("base", project="full", **fields).data(CHAT).fit()
+    run = Session("base", project="on-it", continue_from="full", **fields).data(CHAT).lora(dropout=0, merge=True, init="pissa").fit()
+    loss = lambda model: nats_by_hand(model, rows)[0]
+    as_trained, earlier = loss(run.model), loss(load_base("full"))
+    assert abs(as_trained - loss(load_base("on-it/merged"))) < 1e-4 and abs(earlier - loss(load_base("base"))) > 0.1
+    os.rename(tmp_path/"work", tmp_path/"moved"); os.chdir(tmp_path/"moved")
+    again = Run.open("on-it")
+    assert loss(again.model) == pytest.approx(as_trained, abs=1e-4) and again.merge("merged").max_difference < 1e-3
+    assert loss(load_base("merged")) == pytest.approx(as_trained, abs=1e-4)
+    from sftkit.session import _as_base
+    with _as_base(again) as before: assert loss(before.model) == pytest.approx(earlier, abs=1e-4)
+    os.rename(tmp_path/"moved", tmp_path/"work"); os.chdir(tmp_path/"work")
+    with pytest.raises(ModelError, match="stands on the weights.*full.*Type model='full'"): Session("base", project="third", continue_from="on-it").data(CHAT).lora().fit()
+    assert not Path("third").exists()
+    third = Session("full", project="third", continue_from="on-it", **fields).data(CHAT).lora()
+    batch = next(iter(third.batches()))
+    assert steps(third.fit())[0] == pytest.approx(nats_by_hand(run.model, real_rows([batch]))[0], abs=1e-4)
+
+
+def test_loftq_starts_from_the_earlier_weights_that_are_quantised(tmp_path):
+    base = save_tiny(tmp_path/"base", hidden=64)
+    fields = dict(lr=1e-2, max_steps=8, batch_size=4, gradient_accumulation=1)
+    Session(base, project="full", **fields).data(CHAT).fit()
+    first = {}
+    for init in ("default", "loftq"):
+        plan = Session(base, project=init, continue_from="full", **fields | dict(max_steps=1)).data(CHAT).lora(r=32, dropout=0, init=init).quantize("int4")
+        batch = next(iter(plan.batches()))
+        first[init] = abs(steps(plan.fit())[0] - nats_by_hand(load_base("full"), real_rows([batch]))[0])
+    assert first["loftq"] < first["default"] < 0.2
 
 
 def test_another_base_is_refused_by_name_and_shape(first, tiny, tiny_gpt2, tmp_path):
