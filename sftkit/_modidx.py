@@ -645,6 +645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.recipe.ModelError': ('recipe.html#modelerror', 'sftkit/recipe.py'),
                                'sftkit.recipe.Recipe': ('recipe.html#recipe', 'sftkit/recipe.py'),
                                'sftkit.recipe.Recipe.__init__': ('recipe.html#recipe.__init__', 'sftkit/recipe.py'),
+                               'sftkit.recipe.Recipe._fill': ('recipe.html#recipe._fill', 'sftkit/recipe.py'),
                                'sftkit.recipe.Recipe.from_yaml': ('recipe.html#recipe.from_yaml', 'sftkit/recipe.py'),
                                'sftkit.recipe.Recipe.replace': ('recipe.html#recipe.replace', 'sftkit/recipe.py'),
                                'sftkit.recipe.Recipe.to_args': ('recipe.html#recipe.to_args', 'sftkit/recipe.py'),

@@ -224,3 +224,22 @@ def test_acceptance_32_mistakes_of_every_kind_are_told_together():
     assert two.startswith("5 things") and all(f"`{n}`" in two for n in ("--learning-rte", "epochs", "model", "data_path", "project_name"))
     assert "things" not in said(lambda: parse_args(["--learning-rte", "3"], dict(model="m", data_path="d", project_name="p")))
     assert said(lambda: parse_args(["--model", "m", "--peft", "maybe"])).splitlines()[1].strip() == "1. `--peft` is followed by `maybe`; accepted: nothing, yes or no."
+
+
+def test_acceptance_32_an_unknown_flag_hides_no_conflict():
+    def said(make):
+        with pytest.raises(RecipeError) as told: make()
+        return str(told.value)
+    whole = dict(model="m", data_path="d", project_name="p")
+    words = ["--model", "m", "--data-path", "d", "--project-name", "p", "--quantization", "int4", "--learning-rate", "1"]
+    one = said(lambda: parse_args(words))
+    assert one.startswith("2 things") and "Did you mean `--lr`" in one and "add `peft=True`" in one
+    assert one.splitlines()[2] == said(lambda: Recipe(**whole, quantization="int4", learning_rate=1)).splitlines()[2]
+    assert "add `peft=True`" in said(lambda: parse_args(["--learning-rate", "1"], dict(whole, quantization="int4")))                   # of a file
+    assert "add `peft=True`" not in said(lambda: parse_args([*words, "--pefft"]))                                                     # may be what was meant
+
+
+@pytest.mark.parametrize("fields", [dict(push_to_hub=True), dict(continue_from="other")], ids=str)
+def test_a_recipe_without_a_name_says_so_whatever_else_it_asks_for(fields):
+    for make in (lambda: Recipe(model="m", data_path="d", **fields), lambda: parse_args(["--model", "m", "--learning-rate", "1"], fields)):
+        with pytest.raises(RecipeError, match="`project_name` is missing"): make()
