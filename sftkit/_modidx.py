@@ -662,6 +662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.recipe._flag_value': ('recipe.html#_flag_value', 'sftkit/recipe.py'),
                                'sftkit.recipe._hints': ('recipe.html#_hints', 'sftkit/recipe.py'),
                                'sftkit.recipe._limit': ('recipe.html#_limit', 'sftkit/recipe.py'),
+                               'sftkit.recipe._metric_by_name': ('recipe.html#_metric_by_name', 'sftkit/recipe.py'),
                                'sftkit.recipe._missing': ('recipe.html#_missing', 'sftkit/recipe.py'),
                                'sftkit.recipe._model_conflicts': ('recipe.html#_model_conflicts', 'sftkit/recipe.py'),
                                'sftkit.recipe._named': ('recipe.html#_named', 'sftkit/recipe.py'),

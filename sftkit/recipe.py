@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError
            'evaluates', 'without_effect', 'hub_access', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import contextlib, dataclasses, difflib, functools, logging, math, os, re, types, typing, uuid
+import contextlib, dataclasses, difflib, functools, logging, math, os, re, sys, types, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -245,10 +245,19 @@ def _to_number(value, integral):
     return None if integral else number
 
 # %% ../nbs/00_recipe.ipynb #8fc181b4
+def _metric_by_name(own): # what to type for a function, of which a recipe holds the name
+    module, name = getattr(own, "__module__", None), getattr(own, "__name__", "")
+    found, name = module != "__main__" and getattr(sys.modules.get(module), name, None) is own, name if name.isidentifier() else "score"
+    first, named = ("Type", f"{module}:{name}") if found else ("Put it into a file my_metrics.py and type", f"my_metrics:{name}")
+    return ("names joined by commas, since a script or another process must find them: perplexity, bleu, rouge, exact_match, or `module:function` of your own. "
+            f'{first} eval_metrics="{named}", or .metrics("{named}"); run.evaluate(metrics={name}) takes the function itself')
+
 def _convert(f, value):
     "`value` as the type of field `f`; raises ValueError naming what is accepted."
     accepted = _types(f)
     if isinstance(value, Path): value = str(value)
+    if f.name == "eval_metrics" and (own := [v for v in (value if isinstance(value, (list, tuple)) else [value]) if callable(v)]):
+        raise ValueError(_metric_by_name(own[0]))
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in accepted):
         if type(None) in accepted: return None
         raise ValueError("a value, not None")
@@ -316,7 +325,7 @@ def check_fields(
         if name not in fields: mistakes.append(unknown_field(name)); continue
         try: converted = _convert(fields[name], value)
         except ValueError as e:
-            shown = "(hidden)" if name == "token" else repr(value)
+            shown = "(hidden)" if name == "token" else re.sub(" at 0x[0-9a-f]+", "", repr(value))
             mistakes.append(f"`{name}` is {shown}; accepted: {'one of ' + ', '.join(map(str, c)) if (c := fields[name].metadata.get('choices')) else e}.")
             continue
         if wrong := _limit(fields[name], converted): mistakes.append(f"`{name}` is {value!r}; accepted: {wrong}")

@@ -155,7 +155,9 @@ class Session:
 
     @_step_with_names
     def metrics(self, names=None, save_predictions:bool|None=None, max_new_tokens:int|None=None)->"Session":
-        "Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas; by default the first three."
+        """Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas; by default the first three.
+
+        A function of your own, (predictions, references) -> number, is named by `module:function`."""
         return self._step("metrics", dict(names=names, save_predictions=save_predictions, max_new_tokens=max_new_tokens), use_enhanced_eval=True)
 
     @_step_with_names

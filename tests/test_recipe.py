@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT
-from sftkit import Run
+from sftkit import Run, Session
 from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, hub_access, parse_args, recipe_fields, without_effect
 from running import chat_plan, nats_by_hand, real_rows, steps
 from tiny import tiny_model, tiny_tokenizer, write_jsonl
@@ -243,3 +243,19 @@ def test_acceptance_32_an_unknown_flag_hides_no_conflict():
 def test_a_recipe_without_a_name_says_so_whatever_else_it_asks_for(fields):
     for make in (lambda: Recipe(model="m", data_path="d", **fields), lambda: parse_args(["--model", "m", "--learning-rate", "1"], fields)):
         with pytest.raises(RecipeError, match="`project_name` is missing"): make()
+
+
+def test_a_metric_given_as_a_function_is_told_the_name_to_type(monkeypatch):
+    def words(predictions, references): return 1.0
+    def said(metrics):
+        plan = Session("m", project="p").data("d.jsonl")
+        with pytest.raises(RecipeError) as told: plan.metrics(metrics)
+        with pytest.raises(RecipeError) as flat: recipe(eval_metrics=metrics)
+        assert str(told.value) == str(flat.value) and " at 0x" not in str(told.value) and "`module:function`" in str(told.value)
+        return str(told.value)
+    for given in (words, ["bleu", words], ("bleu", lambda predictions, references: 1.0)): assert "Put it into a file my_metrics.py" in said(given)
+    assert 'eval_metrics="my_metrics:words"' in said(words) and "run.evaluate(metrics=words)" in said(words)
+    Path("mine.py").write_text("def words(predictions, references): return 1.0\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    import mine
+    assert "Put it" not in said(mine.words) and 'Type eval_metrics="mine:words", or .metrics("mine:words")' in said(mine.words)
