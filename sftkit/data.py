@@ -88,7 +88,7 @@ def detect_shape(
         if len(texts) > 1 and not meant:
             advice = (f"If one holds the whole text, type {_column_is(near[0])}; if two are a request and its answer, name them so with "
                       f'.map(lambda row: dict(prompt=row["{texts[0]}"], completion=row["{texts[1]}"]))')
-        raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(near) or 'none'}.{meant} {advice}. Recognised without being named: text, "
+        raise DataError(f"There is no column `{text_column}`. Columns: {', '.join(columns) or 'none'}.{meant} {advice}. Recognised without being named: text, "
                         "messages, conversations, prompt + completion, instruction (+ input) + output, question + answer.")
     if text_column == "text": _check_mixture(rows, main, known)
     kinds = {name: _column_kind(rows, name) for name in main}

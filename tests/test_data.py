@@ -269,8 +269,9 @@ def test_a_named_column_wins_and_the_others_are_noted():
     assert one_row(row, text_column="messages").kind == "messages" and one_row(row, text_column="body").columns == ("body",)
 
 def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
-    with pytest.raises(DataError, match=r"no column `contents`. Columns: content, id.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
-    with pytest.raises(DataError, match="no column `text`. Columns: body, n. Type text_column=.body"): one_row({"n": 1, "body": "a"})
+    with pytest.raises(DataError, match=r"no column `contents`. Columns: id, content.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
+    with pytest.raises(DataError, match="no column `text`. Columns: n, body. Type text_column=.body"): one_row({"n": 1, "body": "a"})
+    with pytest.raises(DataError, match="Columns: input, output. If one holds the whole text, type text_column=.output"): one_row({"input": "a", "output": "b"})
     with pytest.raises(DataError, match=r'map\(lambda row: dict\(prompt=row\["ask"\], completion=row\["reply"\]\)\)'): one_row({"n": 1, "ask": "a", "reply": "b"})
 
 def test_mixed_types_name_the_row(tmp_path):
