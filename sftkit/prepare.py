@@ -17,8 +17,8 @@ from .recipe import DataError, ModelError, Recipe, evaluates, generates, hub_acc
 from .events import process_count
 from .chat import missing_markers, resolve_template
 from .rows import Row, map_rows, read_rows, single_row
-from .data import (Encoded, Encoder, Shape, collate, collate_packed, detect_shape, encode_rows, pack_rows, rows_on_both_sides, split_rows,
-                         text_blocks)
+from .data import (Encoded, Encoder, Shape, as_trained, collate, collate_packed, detect_shape, encode_rows, pack_rows, rows_on_both_sides,
+                         split_rows, text_blocks)
 from .loss import check_packing, check_teacher, flat_batch, use_flat_attention
 from .memory import Forecast, Machine, forecast, heaviest, machine, small_copy
 from .evaluate import check_metrics, try_metrics
@@ -76,6 +76,7 @@ def _load_rows(r, given, given_valid, preprocess):
         if not held:
             raise DataError(f"No rows are left to evaluate on: the mapping leaves all of `{r.valid_path or r.valid_split}` out. Let it keep some, or leave "
                             "the evaluation data out.")
+        held = as_trained(held, shape, held_out=True)
         return rows, held, shape, _leaks(rows, held, shape)
     share = r.valid_split or (0.1 if evaluates(r) else None)
     return *(split_rows(rows, share, r.seed, shape) if share else (rows, [])), shape, []

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'SftkitError', 'RecipeError', 'DataError', 'TemplateError
            'evaluates', 'without_effect', 'hub_access', 'parse_args']
 
 # %% ../nbs/00_recipe.ipynb #921732c2
-import contextlib, dataclasses, difflib, functools, logging, math, os, re, types, typing, uuid
+import contextlib, dataclasses, difflib, functools, logging, math, os, re, sys, types, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,12 +176,16 @@ class Recipe:
     trust_remote_code: bool = _opt(False, "hub", "run Python code that comes with the model; only for models you trust")
 
     def __init__(self, **values):
-        values, mistakes = check_fields(values)
+        raise_all(self._fill(values))
+
+    def _fill(self, values, mistakes=()): # mistakes found before -> all there are; fields with one have their default
+        values, wrong = check_fields(values)
+        mistakes = [*mistakes, *wrong]
         mistakes += _missing(values, mistakes)
         for name, f in recipe_fields().items():
             object.__setattr__(self, name, values.get(name, None if _required(f) else f.default))
         mistaken = _named(" ".join(mistakes))
-        raise_all(mistakes + [c for c in conflicts(self) if not mistaken & _named(c)])
+        return mistakes + [c for c in conflicts(self) if not mistaken & _named(c)]
 
     def replace(self, **values)->"Recipe":
         "A copy with some fields changed, checked again."
@@ -241,10 +245,19 @@ def _to_number(value, integral):
     return None if integral else number
 
 # %% ../nbs/00_recipe.ipynb #8fc181b4
+def _metric_by_name(own): # what to type for a function, of which a recipe holds the name
+    module, name = getattr(own, "__module__", None), getattr(own, "__name__", "")
+    found, name = module != "__main__" and getattr(sys.modules.get(module), name, None) is own, name if name.isidentifier() else "score"
+    first, named = ("Type", f"{module}:{name}") if found else ("Put it into a file my_metrics.py and type", f"my_metrics:{name}")
+    return ("names joined by commas, since a script or another process must find them: perplexity, bleu, rouge, exact_match, or `module:function` of your own. "
+            f'{first} eval_metrics="{named}", or .metrics("{named}"); run.evaluate(metrics={name}) takes the function itself')
+
 def _convert(f, value):
     "`value` as the type of field `f`; raises ValueError naming what is accepted."
     accepted = _types(f)
     if isinstance(value, Path): value = str(value)
+    if f.name == "eval_metrics" and (own := [v for v in (value if isinstance(value, (list, tuple)) else [value]) if callable(v)]):
+        raise ValueError(_metric_by_name(own[0]))
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in accepted):
         if type(None) in accepted: return None
         raise ValueError("a value, not None")
@@ -312,7 +325,7 @@ def check_fields(
         if name not in fields: mistakes.append(unknown_field(name)); continue
         try: converted = _convert(fields[name], value)
         except ValueError as e:
-            shown = "(hidden)" if name == "token" else repr(value)
+            shown = "(hidden)" if name == "token" else re.sub(" at 0x[0-9a-f]+", "", repr(value))
             mistakes.append(f"`{name}` is {shown}; accepted: {'one of ' + ', '.join(map(str, c)) if (c := fields[name].metadata.get('choices')) else e}.")
             continue
         if wrong := _limit(fields[name], converted): mistakes.append(f"`{name}` is {value!r}; accepted: {wrong}")
@@ -363,7 +376,7 @@ def check_hub_name(
 
 # %% ../nbs/00_recipe.ipynb #7943e7a4
 def conflicts(
-    r:Recipe, # values that are right each for itself
+    r:Recipe, # values that are right each for itself; a required one may be missing (None)
 )->list: # a sentence per conflict
     "What in this recipe cannot work together, and what to type instead."
     return [*_model_conflicts(r), *_row_conflicts(r), *_run_conflicts(r)]
@@ -404,14 +417,14 @@ def _row_conflicts(r):
 def _run_conflicts(r):
     if unknown := sorted(set(r.log.split(",")) - set(TRACKERS) - {"none"}):
         yield f"`log` is {r.log!r}; accepted: none, or of {', '.join(TRACKERS)}, joined by commas.{did_you_mean(unknown[0], TRACKERS)}"
-    if r.continue_from and _within(r.continue_from, r.project_name):
+    if r.continue_from and r.project_name and _within(r.continue_from, r.project_name):
         yield (f"`continue_from={r.continue_from!r}` is the run that a new one in `project_name={r.project_name!r}` would take the place of: give the new run "
                "a name of its own (`project=` of Session). To go on with an unfinished run, `resume=True` without `continue_from`.")
     if r.hub_model_id and (wrong := check_hub_name(r.hub_model_id)): yield f"`hub_model_id` is {r.hub_model_id!r}; {wrong}."
     if r.hub_model_id and not r.push_to_hub:
         yield (f"`hub_model_id={r.hub_model_id!r}` says where to upload, but `push_to_hub` is off: add `push_to_hub=True` (`--push-to-hub`), or leave it out "
                f"and call run.push({r.hub_model_id!r}) after training.")
-    if r.push_to_hub and not r.hub_model_id and check_hub_name(hub_name(r)):
+    if r.push_to_hub and r.project_name and not r.hub_model_id and check_hub_name(hub_name(r)):
         yield (f"`push_to_hub` without `hub_model_id` names the repository after the run, and the hub does not take `{hub_name(r)}` as a name: add "
                "`hub_model_id=\"org/name\"`.")
     if r.trainer != "sft" and ":" not in r.trainer:
@@ -506,7 +519,8 @@ def parse_args(
     args:list, # words of a command line, e.g. ["--model", "gpt2", "--peft"]
     more:dict|None=None, # fields that are given elsewhere, for instance in a file
 )->dict: # field name -> value as text (or a bool, from a switch)
-    "Recipe fields from flags. Raises one `RecipeError` listing every flag that is unknown or lacks its value, and what else is wrong or missing then."
+    """Recipe fields from flags. Raises one `RecipeError` listing every flag that is unknown or lacks its value, and what else is wrong, missing or
+    in conflict then."""
     values, mistakes, i = {}, [], 0
     while i < len(args):
         if not args[i].startswith("--"):
@@ -519,8 +533,5 @@ def parse_args(
             values[name] = value
         except ValueError as e: mistakes.append(str(e)); used = int(i + 1 < len(args) and not args[i + 1].startswith("--"))
         i += 1 + used
-    if mistakes:
-        mistakes += check_fields(values)[1]
-        mistakes += _missing({**(more or {}), **values}, mistakes)
-    raise_all(mistakes)
+    if mistakes: raise_all(object.__new__(Recipe)._fill({**(more or {}), **values}, mistakes))
     return values

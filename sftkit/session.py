@@ -9,7 +9,7 @@ __all__ = ['Shown', 'Session', 'script', 'train', 'Run', 'Comparison', 'Scores',
 import contextlib, functools, glob, inspect, sys, tempfile, threading, time
 from pathlib import Path
 from .rows import Row, read_rows, map_rows, names_a_file, rows_hash, single_row, store_rows
-from .data import Shape, check_columns
+from .data import Shape, as_trained
 from .events import RunDirectory, process_rank
 from .recipe import (DataError, Recipe, RecipeError, RunError, SftkitError, check_fields, check_hub_name, did_you_mean, hub_access, hub_name,
                            meant_field, raise_all, recipe_fields, without_effect, write_atomic)
@@ -155,7 +155,9 @@ class Session:
 
     @_step_with_names
     def metrics(self, names=None, save_predictions:bool|None=None, max_new_tokens:int|None=None)->"Session":
-        "Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas; by default the first three."
+        """Generate on the evaluation rows and score: perplexity, bleu, rouge, exact_match, joined by commas; by default the first three.
+
+        A function of your own, (predictions, references) -> number, is named by `module:function`."""
         return self._step("metrics", dict(names=names, save_predictions=save_predictions, max_new_tokens=max_new_tokens), use_enhanced_eval=True)
 
     @_step_with_names
@@ -823,7 +825,7 @@ def _prompts(given, encoder):
     prompts = list(given) if several else [given]
     for n, prompt in enumerate(prompts, 1):
         place = f"prompt {n}" if several else "The prompt"
-        if isinstance(prompt, dict): check_columns([Row(prompt, place)], encoder.shape)
+        if isinstance(prompt, dict): prompts[n - 1] = as_trained([Row(prompt, place)], encoder.shape)[0].value
         elif not isinstance(prompt, str) and not _is_talk(prompt):
             raise DataError(f"{place} is given as {type(prompt).__name__} ({str(prompt)[:60]!r}). Accepted: a text, a list of messages, a row of data (dict), "
                             "or a list of these, or a frame or Dataset of rows.")
@@ -831,10 +833,8 @@ def _prompts(given, encoder):
 
 def _rows_given(data, shape):
     "Rows to evaluate a trained model on, from any source; a dict that is itself a row is one."
-    cell = data.get(shape.columns[0]) if isinstance(data, dict) else None
-    rows = read_rows([data] if isinstance(cell, str) or _is_talk(cell) else data)
-    check_columns(rows, shape)
-    return rows
+    row = isinstance(data, dict) and any(isinstance(cell, str) or _is_talk(cell) for cell in data.values())
+    return as_trained(read_rows([data] if row else data), shape)
 
 def _answer(encoder, prompt): return encoder.reference(prompt) or None if isinstance(prompt, dict) else None
 

@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
+from conftest import CHAT
 from tiny import tiny_tokenizer, write_jsonl
+from sftkit import Session
 from sftkit.chat import ChatTemplate, render, render_prompt, templates
 from sftkit.data import Encoder, Shape, aligned_tokens, collate, detect_shape, encode_rows, rows_on_both_sides, split_rows, text_blocks, _anchor_ids
 from sftkit.rows import Row, map_rows, plain, read_rows, rows_hash, sample_data, write_rows, _open
@@ -267,8 +269,9 @@ def test_a_named_column_wins_and_the_others_are_noted():
     assert one_row(row, text_column="messages").kind == "messages" and one_row(row, text_column="body").columns == ("body",)
 
 def test_acceptance_05_a_wrong_column_lists_the_columns_there_are():
-    with pytest.raises(DataError, match=r"no column `contents`. Columns: content, id.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
-    with pytest.raises(DataError, match="no column `text`. Columns: body, n. Type text_column=.body"): one_row({"n": 1, "body": "a"})
+    with pytest.raises(DataError, match=r"no column `contents`. Columns: id, content.*Did you mean `content`"): one_row({"id": 1, "content": "a"}, text_column="contents")
+    with pytest.raises(DataError, match="no column `text`. Columns: n, body. Type text_column=.body"): one_row({"n": 1, "body": "a"})
+    with pytest.raises(DataError, match="Columns: input, output. If one holds the whole text, type text_column=.output"): one_row({"input": "a", "output": "b"})
     with pytest.raises(DataError, match=r'map\(lambda row: dict\(prompt=row\["ask"\], completion=row\["reply"\]\)\)'): one_row({"n": 1, "ask": "a", "reply": "b"})
 
 def test_mixed_types_name_the_row(tmp_path):
@@ -800,7 +803,6 @@ def test_what_datasets_writes_beside_the_rows_is_no_data(tmp_path):
 
 def test_acceptance_19_a_map_that_makes_several_rows_of_one_parts_none(tiny, chat_file):
     "In this process, in another that reads the stored rows, and where the trainer itself does the mapping."
-    from sftkit import Session
     from sftkit.training import Trainer
     again = lambda row: [row, {"messages": [*row["messages"], {"role": "user", "content": "and"}, {"role": "assistant", "content": f"that {row['messages'][0]['content']}"}]}]
     class Twice(Trainer):
@@ -810,3 +812,46 @@ def test_acceptance_19_a_map_that_makes_several_rows_of_one_parts_none(tiny, cha
     held = [[[r.value for r in part] for part in (d.train_rows, d.valid_rows)] for d in prepared]
     asked = [{row["messages"][0]["content"] for row in part} for part in held[0]]
     assert held[0] == held[1] == held[2] and len(held[0][1]) == 24 and len(asked[1]) == 12 and not asked[0] & asked[1]
+
+
+# -- evaluation rows in another layout than the training rows -------------------------------------------------------------------------
+
+def shared(row): return {"conversations": [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in row["messages"]]}
+def asked(row, *columns): return dict(zip(columns, (m["content"] for m in row["messages"])))
+LAYOUTS_OF_A_TALK = {"sharegpt": shared, "question": lambda row: asked(row, "question", "answer"), "instruction": lambda row: asked(row, "instruction", "output"),
+                     "system": lambda row: {**shared(row), "system": "Be brief."}, "text beside": lambda row: {**shared(row), "text": "x"}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF_A_TALK.values(), ids=LAYOUTS_OF_A_TALK)
+def test_evaluation_rows_in_another_layout_of_conversations_are_read(tiny, chat_file, tmp_path, layout):
+    talks = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in CHAT[:3]] if "system" in layout(CHAT[0]) else CHAT[:3]
+    held = tmp_path / "valid.jsonl"
+    held.write_text("".join(json.dumps(layout(row)) + "\n" for row in CHAT[:3]))
+    plan = lambda **where: Session(tiny, project="run", chat_template="chatml", max_steps=1, batch_size=2, gradient_accumulation=1).data(chat_file, **where)
+    data, same = plan(eval=held)._work.data, plan(eval=talks)._work.data
+    assert [e["input_ids"].tolist() for e in data.valid.examples] == [e["input_ids"].tolist() for e in same.valid.examples]
+    assert [row.where for row in data.scored_rows] == [f"valid.jsonl line {n}" for n in (1, 2, 3)]
+    assert ("also stand in the training data" in " ".join(data.notes)) == (talks == CHAT[:3])
+    run = plan(eval=held).fit()
+    assert [e for e in run.events if e["kind"] == "eval"]
+    score = lambda rows: run.evaluate(rows, metrics="perplexity")["loss"]
+    assert score([layout(row) for row in CHAT[:3]]) == score(talks) == pytest.approx(run.evaluate(metrics="perplexity")["loss"])
+    assert score(layout(CHAT[0])) == score(talks[:1]) and run.generate(layout(CHAT[0]), max_new_tokens=2) == run.generate(talks[0], max_new_tokens=2)
+
+
+SAID, PAIR = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"prompt": "a", "completion": "b"}
+OTHERWISE = {"text for talks": (SAID, {"text": "a"}, "no column `messages`.*training is on `messages`. Columns here: text. Accepted: `messages`, or conversations as"),
+             "pair for talks": (SAID, PAIR, "no column `messages`.*Columns here: prompt, completion"),
+             "talks for text": ({"text": "a"}, SAID, "no column `text`.*Columns here: messages. Accepted: `text`. Rename"),
+             "talks for pair": (PAIR, SAID, "no column `prompt`.*training is on `prompt` . `completion`. Columns here: messages"),
+             "no answers": (PAIR, {"prompt": "a"}, "no column `completion`.*Columns here: prompt"),
+             "other columns": ({"instruction": "a", "output": "b"}, {"instruct": "a", "output": "b"}, "no column `instruction`.*Did you mean `instruct`"),
+             "no talk": (SAID, {"conversations": "a: b"}, "no column `messages`.*Columns here: conversations")}
+
+
+@pytest.mark.parametrize("trained, held, says", OTHERWISE.values(), ids=OTHERWISE)
+def test_evaluation_rows_of_another_kind_are_told_as_such(tiny, tmp_path, trained, held, says):
+    for name, row in ("train", trained), ("valid", held): (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    plan = Session(tiny, project="run", chat_template="chatml").data("train.jsonl", eval="valid.jsonl")
+    with pytest.raises(DataError, match=says) as told: plan.batches()
+    assert "The evaluation rows (valid.jsonl line 1) have" in str(told.value) and ".map(fn)" in str(told.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT
-from sftkit import Run
+from sftkit import Run, Session
 from sftkit.recipe import DataError, ModelError, Recipe, RecipeError, hub_access, parse_args, recipe_fields, without_effect
 from running import chat_plan, nats_by_hand, real_rows, steps
 from tiny import tiny_model, tiny_tokenizer, write_jsonl
@@ -224,3 +224,38 @@ def test_acceptance_32_mistakes_of_every_kind_are_told_together():
     assert two.startswith("5 things") and all(f"`{n}`" in two for n in ("--learning-rte", "epochs", "model", "data_path", "project_name"))
     assert "things" not in said(lambda: parse_args(["--learning-rte", "3"], dict(model="m", data_path="d", project_name="p")))
     assert said(lambda: parse_args(["--model", "m", "--peft", "maybe"])).splitlines()[1].strip() == "1. `--peft` is followed by `maybe`; accepted: nothing, yes or no."
+
+
+def test_acceptance_32_an_unknown_flag_hides_no_conflict():
+    def said(make):
+        with pytest.raises(RecipeError) as told: make()
+        return str(told.value)
+    whole = dict(model="m", data_path="d", project_name="p")
+    words = ["--model", "m", "--data-path", "d", "--project-name", "p", "--quantization", "int4", "--learning-rate", "1"]
+    one = said(lambda: parse_args(words))
+    assert one.startswith("2 things") and "Did you mean `--lr`" in one and "add `peft=True`" in one
+    assert one.splitlines()[2] == said(lambda: Recipe(**whole, quantization="int4", learning_rate=1)).splitlines()[2]
+    assert "add `peft=True`" in said(lambda: parse_args(["--learning-rate", "1"], dict(whole, quantization="int4")))                   # of a file
+    assert "add `peft=True`" not in said(lambda: parse_args([*words, "--pefft"]))                                                     # may be what was meant
+
+
+@pytest.mark.parametrize("fields", [dict(push_to_hub=True), dict(continue_from="other")], ids=str)
+def test_a_recipe_without_a_name_says_so_whatever_else_it_asks_for(fields):
+    for make in (lambda: Recipe(model="m", data_path="d", **fields), lambda: parse_args(["--model", "m", "--learning-rate", "1"], fields)):
+        with pytest.raises(RecipeError, match="`project_name` is missing"): make()
+
+
+def test_a_metric_given_as_a_function_is_told_the_name_to_type(monkeypatch):
+    def words(predictions, references): return 1.0
+    def said(metrics):
+        plan = Session("m", project="p").data("d.jsonl")
+        with pytest.raises(RecipeError) as told: plan.metrics(metrics)
+        with pytest.raises(RecipeError) as flat: recipe(eval_metrics=metrics)
+        assert str(told.value) == str(flat.value) and " at 0x" not in str(told.value) and "`module:function`" in str(told.value)
+        return str(told.value)
+    for given in (words, ["bleu", words], ("bleu", lambda predictions, references: 1.0)): assert "Put it into a file my_metrics.py" in said(given)
+    assert 'eval_metrics="my_metrics:words"' in said(words) and "run.evaluate(metrics=words)" in said(words)
+    Path("mine.py").write_text("def words(predictions, references): return 1.0\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    import mine
+    assert "Put it" not in said(mine.words) and 'Type eval_metrics="mine:words", or .metrics("mine:words")' in said(mine.words)
