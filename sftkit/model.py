@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'best_device', 'best_format', 'compute_dtype', 'from_main_process', 'load_tokenizer', 'add_tokens',
-           'dequantize', 'attention_backend', 'load_configuration', 'stored_quantization', 'attention_dropout',
-           'check_quantized_source', 'unmergeable', 'made_for', 'position_limit', 'within_positions', 'structure',
-           'load_base', 'fit_embeddings', 'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora',
-           'absorb_quantization_error', 'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers',
-           'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights', 'adapter_base', 'tokenizer_source',
-           'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth',
-           'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors', 'load_to_share', 'save_model',
-           'load_trained', 'sample_model']
+           'quantized_layers', 'check_quantizable', 'dequantize', 'attention_backend', 'load_configuration',
+           'stored_quantization', 'attention_dropout', 'check_quantized_source', 'unmergeable', 'made_for',
+           'position_limit', 'within_positions', 'structure', 'load_base', 'fit_embeddings', 'linear_layers', 'experts',
+           'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error', 'parameter_counts', 'causal_lm',
+           'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile', 'stored_kind', 'earlier_weights',
+           'adapter_base', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
+           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors',
+           'load_to_share', 'save_model', 'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
 import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
@@ -142,6 +142,38 @@ def _quantization_config(quantization, dtype):
     if quantization == "int8": return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
+def quantized_layers(
+    model, # with or without weights
+    stored:dict|None=None, # how its weights are stored quantised, see `stored_quantization`
+)->tuple[dict, dict]: # name -> layer: those held quantised; and those that are of a class of the family's own, which bitsandbytes leaves as they are
+    "What quantisation makes of the linear layers, without the head and those that transformers or the checkpoint keep whole."
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+    stored = stored or dict(quant_method="bitsandbytes")
+    skipped = stored.get("llm_int8_skip_modules") or stored.get("modules_to_not_convert")
+    kept, head = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules), model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head and should_convert_module(n, kept)}
+    own = {n: m for n, m in linear.items() if not isinstance(m, Conv1D) and type(m) is not nn.Linear and stored.get("quant_method") == "bitsandbytes"}
+    return {n: m for n, m in linear.items() if n not in own}, own
+
+def _bits(quantization): return 4 if quantization == "int4" else 8
+
+def check_quantizable(
+    model, # without weights, see `structure`
+    source:str, # hub id, folder or GGUF file
+    quantization:str, # "int4" or "int8"
+    field:str="quantization", # of the recipe
+):
+    "Raises `ModelError` if nothing of a model can be held quantised."
+    if not quantized_layers(model)[0]: raise _nothing_quantized(model, source, quantization, field)
+
+def _nothing_quantized(model, source, quantization, field="quantization"):
+    kinds = ", ".join(sorted({type(m).__name__ for m in quantized_layers(model)[1].values()})) or "none"
+    return ModelError(f"Nothing of `{source}` can be held in {_bits(quantization)} bit, so `{field}={quantization!r}` would save no memory: bitsandbytes packs "
+                      f"layers of PyTorch's class Linear, and beside its head a {type(model).__name__} has none (its linear layers: {kinds}). "
+                      f"Leave `{field}` out.")
+
 def _keep_gradients_on_cpu(model):
     "Stop 4-bit layers from repacking themselves for inference, which would cut the gradient (bitsandbytes 0.50 on AVX512-BF16)."
     import bitsandbytes as bnb
@@ -220,7 +252,11 @@ def check_quantized_source(
     r:Recipe,
     config, # of its model, see `load_configuration`
 ):
-    "Raises `ModelError` if the model's weights are stored quantised and the recipe would change them, or quantise them again. No weight is loaded."
+    """Raises `ModelError` if the model's weights are stored quantised and the recipe would change them, or quantise them again;
+    or if it would quantise a model, or a teacher, of which nothing can be. No weight is loaded."""
+    if r.quantization: _check_packs(r, "quantization", r.model, config)
+    if r.use_distillation and r.teacher_quantization:
+        _check_packs(r, "teacher_quantization", r.teacher_model, load_configuration(r.teacher_model, r.trust_remote_code))
     stored = stored_quantization(config)
     if stored is None: return
     method = stored.get("quant_method", "unknown")
@@ -233,6 +269,12 @@ def check_quantized_source(
                          "leave it out, or use 'gaussian'.")
     if r.merge_adapter and (why := unmergeable(r.model, config)):
         raise ModelError(f"{why} Leave `merge_adapter` out, or train on the model in full precision.")
+
+def _check_packs(r, field, source, config):
+    if stored_quantization(config): return
+    try: model = structure(config, trust_remote_code=r.trust_remote_code)
+    except ModelError: return                                      # found out when the weights are loaded
+    check_quantizable(model, source, getattr(r, field), field)
 
 def unmergeable(
     model:str, # hub id, folder or GGUF file
@@ -316,7 +358,7 @@ def load_base(
     attention:str="sdpa", # attention implementation, see `attention_backend`
     trust_remote_code:bool=False,
 ): # PreTrainedModel in eval mode
-    "Load a causal language model. Raises `ModelError` if it cannot be loaded."
+    "Load a causal language model. Raises `ModelError` if it cannot be loaded, or nothing of it quantised."
     from transformers import AutoModelForCausalLM
     attention = None if attention == "sdpa" else attention        # None: sdpa where the family has it
     options = dict(dtype=dtype, device_map={"": str(device)}, attn_implementation=attention)
@@ -324,6 +366,7 @@ def load_base(
     with _no_progress_bar():
         if str(model).endswith(".gguf"): loaded = _load_gguf(str(model), options, trust_remote_code)
         else: loaded = _load("model", str(model), AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
+    if quantization and not any(type(m).__module__.startswith("bitsandbytes") for m in loaded.modules()): raise _nothing_quantized(loaded, model, quantization)
     if getattr(loaded, "is_loaded_in_4bit", False): _keep_gradients_on_cpu(loaded)
     if getattr(loaded, "is_loaded_in_8bit", False): _keep_no_inputs()
     _train_padding(loaded)
@@ -375,11 +418,18 @@ def expert_note(
     r:Recipe,
     model, # with or without weights
 )->str|None:
-    "What LoRA and quantisation leave out of a mixture of experts."
-    if not r.peft or not (apart := experts(model)): return None
-    share = sum(p.numel() for p in apart) / sum(p.numel() for p in model.parameters())
-    held = f" and are not held in {4 if r.quantization == 'int4' else 8} bit: {share:.0%} of the weights stay as they are" if r.quantization else ""
-    return f"The experts of {type(model).__name__} are parameters without layers of their own: they get no adapter{held}."
+    "What LoRA and quantisation leave out: the experts of a mixture, and linear layers of a family's own class."
+    if not r.peft: return None
+    share, said = lambda weights: sum(p.numel() for p in weights) / sum(p.numel() for p in model.parameters()), []
+    if apart := experts(model):
+        held = f" and are not held in {_bits(r.quantization)} bit: {share(apart):.0%} of the weights stay as they are" if r.quantization else ""
+        said.append(f"The experts of {type(model).__name__} are parameters without layers of their own: they get no adapter{held}.")
+    own = quantized_layers(model)[1] if r.quantization else {}
+    if own and (part := share([m.weight for m in own.values()])) > 0.01:                    # a router is small, and better whole
+        kinds = ", ".join(sorted({type(m).__name__ for m in own.values()}))
+        said.append(f"{', '.join(_last_parts(own))} of {type(model).__name__} are layers of a class of its own ({kinds}), which bitsandbytes does not hold in "
+                    f"{_bits(r.quantization)} bit: {part:.0%} of the weights stay as they are.")
+    return " ".join(said) or None
 
 def _last_parts(names): return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 def _named(model, name): return {n: m for n, m in model.named_modules() if n == name or n.endswith("." + name)}      # as peft finds its targets
