@@ -50,7 +50,8 @@ def launch_command(
     at MASTER_ADDR:MASTER_PORT. Raises `RecipeError` if that is not set."""
     meet, name = ["--standalone"], os.path.basename(os.path.normpath(r.project_name))
     if (r.nodes or 1) > 1: meet = ["--nnodes", str(r.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", _meeting_place(r), "--rdzv-id", name]
-    return [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(processes), "-m", "sftkit", "llm", *r.to_args()]
+    return [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(processes), "-m", "--", "sftkit", "llm",
+            *r.to_args()]
 
 def _meeting_place(r):
     if not os.environ.get("MASTER_ADDR"):

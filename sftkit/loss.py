@@ -11,7 +11,8 @@ __all__ = ['FLAT', 'score_tokens', 'in_shares', 'inference', 'token_loss_sum', '
 import contextlib, functools, importlib.util, inspect
 import torch
 from torch import nn
-from .model import attention_dropout, causal_lm, is_unsloth, load_base, load_tokenizer
+from accelerate.utils import gather_object
+from .model import attention_dropout, causal_lm, has_bf16, is_unsloth, load_base, load_tokenizer
 from .recipe import ModelError, Recipe, hub_access
 
 # %% ../nbs/06_loss.ipynb #73a571eb
@@ -178,15 +179,41 @@ def check_scoring(
 ):
     """Compare `token_loss_sum` with the loss of the model's own full logits.
 
-    Raises `ModelError` if they differ by more than 2 %, several times what rounding in bf16 does."""
+    Raises `ModelError` if they differ by more than 2 %, several times what rounding in bf16 does; or if the model's own loss is not finite."""
     ids = torch.as_tensor(ids, dtype=torch.long, device=next(model.parameters()).device)[None]
     with inference(model):
         ours = token_loss_sum(model, dict(input_ids=ids, labels=ids))
         full = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    if not full.isfinite(): raise _no_number(model, ids, full / ids.shape[1])
     if not abs(ours - full) <= 0.02 * abs(full):
         raise ModelError(f"{type(causal_lm(model)).__name__} turns hidden states into logits in a way that sftkit does not know (loss "
                          f"{ours / ids.shape[1]:.4f} instead of {full / ids.shape[1]:.4f} "
                          "per token), so nothing was trained. Please report the model's name.")
+
+def _no_number(model, ids, loss): # the error for a model whose own loss is not finite
+    base = causal_lm(model)
+    formats = [base.dtype]                                         # and then what the head gives, which autocast may have narrowed
+    said = f"The loss of this {type(base).__name__} on the data is {loss:.0f} before anything is trained"
+    if name := _not_finite(base): return ModelError(f"{said}: its weights hold numbers that are not finite, `{name}` first. Give `model` a copy that is whole.")
+    hook = base.get_output_embeddings().register_forward_hook(lambda layer, args, out: formats.append(out.dtype))
+    try:
+        with inference(model): model(input_ids=ids, use_cache=False)
+    finally: hook.remove()
+    wider = {torch.float16: "bf16" if has_bf16(ids.device) else "no", torch.bfloat16: "no"}.get(formats[-1])
+    what = f"Type `mixed_precision={wider!r}` (`--mixed-precision {wider}`)" if wider else "No format is wider, so give `model` another one"
+    return ModelError(f"{said}: its weights are finite, and what it computes with them overflows in {str(formats[-1]).removeprefix('torch.')}. {what}.")
+
+def _not_finite(base): # the name of the first weight that holds a number that is not finite, in whichever process
+    named = ((path, name, module, p) for path, module in base.named_modules() for name, p in module._parameters.items() if p is not None)
+    found = next((f"{path}.{name}".replace(".base_layer", "") for path, name, module, p in named if not _numbers(module, p).isfinite().all()), None)
+    return next(filter(None, gather_object([found])), None) if in_shares(base) else found
+
+def _numbers(module, p): # of a weight: unpacked; of one in 8 bit, its scales; of one that is shared out, this process's part
+    import bitsandbytes as bnb
+    if getattr(p, "quant_state", None) is not None: return bnb.functional.dequantize_4bit(p.data, p.quant_state)
+    if isinstance(module, bnb.nn.Linear8bitLt) and p is module.weight: return module.state.SCB if p.SCB is None else p.SCB
+    p = getattr(p, "ds_tensor", p)
+    return p.to_local() if hasattr(p, "to_local") else p
 
 # %% ../nbs/06_loss.ipynb #63b485a4
 @torch.no_grad()

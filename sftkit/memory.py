@@ -16,8 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .model import (FORMATS, add_lora, attention_dropout, best_format, causal_lm, decoder_layers, load_configuration, recompute_activations,
-                          stored_quantization, structure)
+from .model import (FORMATS, add_lora, attention_dropout, best_format, causal_lm, check_quantizable, decoder_layers, load_configuration, quantized_layers,
+                          recompute_activations, stored_quantization, structure)
 from .loss import score_tokens
 from .recipe import ModelError, Recipe, RecipeError, did_you_mean, first_line, generates
 
@@ -166,11 +166,10 @@ def _eight_bit_product(x, size):
     sums = codes.new_empty(*x.shape[:-1], size, dtype=torch.int32)
     return sums.new_empty(sums.shape, dtype=torch.float16).to(x.dtype)
 
-def _pack(model, quantization, dtype): # -> {id of weight: bytes}
+def _pack(model, quantization, dtype, stored=None): # -> {id of weight: bytes}
     from transformers.pytorch_utils import Conv1D
-    head, packed = model.get_output_embeddings(), {}
-    for module in model.modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or module is head: continue
+    packed = {}
+    for module in quantized_layers(model, stored)[0].values():
         packed[id(module.weight)] = stored_bytes(module.weight.T if isinstance(module, Conv1D) else module.weight, quantization)
         size = module.nf if isinstance(module, Conv1D) else module.out_features
         module.forward = functools.partial(_packed_forward, module.weight, size, quantization == "int8", dtype)
@@ -210,12 +209,14 @@ def blank_model(
     new_ids:list=(), # of new tokens
     trust_remote_code:bool=False,
 )->Blank:
-    "The model as training would hold it, without a weight. Raises `ModelError` if its configuration is missing or of a family that cannot be built this way."
+    "The model as training would hold it, without a weight. Raises `ModelError` if it has no configuration, or cannot be built or quantised."
     if isinstance(config, str): config = load_configuration(config, trust_remote_code)
-    quantization, model = quantization or _stored(config), structure(config, dtype, trust_remote_code)
+    model = structure(config, dtype, trust_remote_code)
+    if quantization: check_quantizable(model, config.name_or_path, quantization)
+    quantization = quantization or _stored(config)
     with torch.device("meta"):
         if vocabulary > model.get_input_embeddings().weight.shape[0]: model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        packed = _pack(model, quantization, dtype) if quantization else {}
+        packed = _pack(model, quantization, dtype, stored_quantization(config)) if quantization else {}
         if isinstance(e := model.get_input_embeddings(), nn.Embedding): e.padding_idx = None
         if r is not None and r.peft: model = add_lora(model, r.replace(init_lora_weights="default", quantization=None), new_ids)
     if packed and dtype != torch.float32:                             # peft's layers over bitsandbytes' leave the input's format to autocast
@@ -723,7 +724,7 @@ def remedies(
     "What would lower a forecast."
     found = []
     def attempt(changes):
-        with contextlib.suppress(RecipeError):                       # a combination that the recipe refuses is no remedy
+        with contextlib.suppress(RecipeError, ModelError):           # what the recipe or the model refuses is no remedy
             new = f.again(f.recipe.replace(**changes))
             if new.total_bytes < 0.99 * f.total_bytes: found.append(Remedy(changes, new.total_bytes, new.fits))
     for changes in _candidates(f): attempt(changes)

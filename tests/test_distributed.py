@@ -80,6 +80,17 @@ def test_acceptance_30_machines_without_a_meeting_place_are_told_what_to_type(tm
         launch_command(Recipe(model="m", data_path="d", project_name="p", nodes=2), 1)
 
 
+def test_acceptance_29_two_processes_log_to_a_tracker(folder):
+    "`--log` may stand for `--log-dir` and `--logs-specs` of torchrun, which reads the words of its script too."
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    code, out = sftkit(folder, "--project-name", "logged", "--log", "tensorboard", "--gpus", 2, *SMALL, "--max-steps", 2, CUDA_VISIBLE_DEVICES="")
+    assert code == 0, out
+    written, = (folder/"logged"/"tensorboard").glob("*/events.out.*")              # by the first process alone
+    read = EventAccumulator(str(written.parent)); read.Reload()
+    assert [s.value for s in read.Scalars("train/loss")] == pytest.approx(Run.open(folder/"logged").history.loss.tolist(), rel=1e-5)
+
+
 DEEPSPEED = next((p for p in (Path(sys.prefix)/"deepspeed", Path(os.environ.get("SFTKIT_DEEPSPEED", "/nonexistent"))) if (p/"deepspeed").is_dir()), None)
 
 

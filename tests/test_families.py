@@ -150,6 +150,62 @@ def test_a_layer_that_peft_takes_for_the_experts_is_refused(tmp_path):
     assert len(steps(plan_for(model).lora(r=4).fit())) == 2
 
 
+# -- linear layers of a class of their own -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory): return saved(tmp_path_factory.mktemp("falcon")/"m", "Falcon", new_decoder_architecture=True, num_kv_heads=2)
+
+
+def test_a_family_of_which_nothing_is_packed_is_refused_before_anything_loads(falcon, tiny, chat_file, monkeypatch):
+    from sftkit.memory import blank_model
+    from sftkit.model import load_base
+    said = r"Nothing of `.*` can be held in {} bit, so `{}='int{}'` would save no memory: .*beside its head a FalconForCausalLM has none \(its linear layers: FalconLinear\)"
+    with pytest.raises(ModelError, match=said.format(4, "quantization", 4)): load_base(falcon, quantization="int4")
+    monkeypatch.setattr("sftkit.model.load_base", None)
+    for bits in 4, 8:
+        plan = plan_for(falcon, source=chat_file).lora(r=4).quantize(f"int{bits}")
+        for go in (plan.fit, plan.start, plan.memory, lambda: blank_model(falcon, plan.recipe, quantization=f"int{bits}")):
+            with pytest.raises(ModelError, match=said.format(bits, "quantization", bits)): go()
+    taught = plan_for(tiny, source=chat_file).distill(falcon).options(teacher_quantization="int4")
+    with pytest.raises(ModelError, match=said.format(4, "teacher_quantization", 4)): taught.fit()
+    assert not Path("run").exists()
+
+
+class OwnLinear(torch.nn.Linear): "As Falcon's."
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_layers_that_are_left_whole_are_named_with_their_share_and_forecast_so(tmp_path, monkeypatch, bits):
+    import bitsandbytes as bnb
+    from sftkit.memory import held_parts
+    from sftkit.model import load_base, load_configuration, structure
+    from transformers.models.llama import modeling_llama
+    class MLP(modeling_llama.LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.down_proj = OwnLinear(config.intermediate_size, config.hidden_size, bias=False)
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", MLP)
+    plan = plan_for(saved(tmp_path/"m", "Llama", intermediate_size=128), max_steps=1).quantize(bits).lora(r=4)
+    run = plan.fit()
+    base = run.model.get_base_model()
+    whole = {n: m for n, m in base.named_modules() if isinstance(m, OwnLinear)}
+    assert len(whole) == 2 and sum(isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) for m in base.modules()) == 12
+    share = sum(m.weight.numel() for m in whole.values()) / sum(p.numel() for p in structure(load_configuration(plan.recipe.model)).parameters())
+    assert f"down_proj of LlamaForCausalLM are layers of a class of its own (OwnLinear), which bitsandbytes does not hold in {bits[-1]} bit: {share:.0%} of" in notes(run) and share > 0.1
+    assert plan.memory().parts["weights"] == held_parts(load_base(plan.recipe.model, quantization=bits))["weights"]
+
+
+def test_what_a_quantised_checkpoint_keeps_whole_is_forecast_so(tmp_path):
+    from sftkit.memory import blank_model, held_parts
+    from sftkit.model import load_base
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head", "down_proj"])
+    AutoModelForCausalLM.from_pretrained(saved(tmp_path/"whole", "Llama", intermediate_size=128), quantization_config=packed).save_pretrained(tmp_path/"m")
+    base = load_base(str(tmp_path/"m"))
+    assert type(base.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert blank_model(str(tmp_path/"m")).parts()["weights"] == held_parts(base)["weights"]
+
+
 # -- packing with a family that mixes documents --------------------------------------------------------------------------------------
 
 def test_packing_is_refused_before_anything_loads_or_is_set_aside(tmp_path, monkeypatch):

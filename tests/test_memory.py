@@ -223,6 +223,13 @@ def test_each_remedy_is_a_recipe_and_lowers_the_forecast(fields, gpu):
     if said.verdict != "fits": assert found[0].code in repr(said) and "What would help" in said._repr_html_()
 
 
+def test_quantisation_is_no_remedy_for_a_family_of_which_nothing_is_packed():
+    config = transformers.FalconConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=3)
+    for fields in ({}, dict(peft=True)):
+        found = [x.changes for x in forecast(recipe(gradient_checkpointing=False, **fields), eight, machine("T4"), config).remedies]
+        assert dict(gradient_checkpointing=True) in found and not any("quantization" in changes for changes in found)
+
+
 def test_verdicts_go_by_the_limit():
     config = LlamaConfig(**SHAPE)
     size = forecast(recipe(), eight, A100, config).total_bytes

@@ -7,7 +7,7 @@ import torch
 from sftkit import Run, Session
 from sftkit.model import add_lora, decoder_layers, load_base
 from sftkit.recipe import ModelError, Recipe, RecipeError
-from tiny import save_tiny, save_tiny_gguf, write_jsonl
+from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer, write_jsonl
 
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
 
@@ -212,6 +212,26 @@ def test_eval_batch_size_changes_no_evaluation(tmp_path):
     plan = Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"a")).data(write_jsonl(tmp_path/"d.jsonl", ROWS), eval=5).options(batch_size=4, gradient_accumulation=1, epochs=1)
     one, three = (next(e["loss"] for e in Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/f"e{n}"), eval_batch_size=n)).fit().events if e["kind"] == "eval") for n in (1, 3))
     assert abs(one - three) < 1e-5
+
+
+@pytest.mark.parametrize("how,bad", [("full", "nan"), ("lora", "inf"), ("int4", "nan"), ("int8", "inf")])
+def test_a_weight_that_is_not_finite_is_named_and_the_family_is_not_blamed(tmp_path, how, bad):
+    model = tiny_model(tiny_tokenizer(), hidden=64)
+    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight[3, 4] = float(bad)
+    save_tiny(tmp_path/"m", hidden=64); model.save_pretrained(tmp_path/"m")
+    plan = Session(str(tmp_path/"m"), project=str(tmp_path/"r")).data(write_jsonl(tmp_path/"d.jsonl", ROWS))
+    if how != "full": plan = plan.lora(r=4)
+    if "int" in how: plan = plan.quantize(how)
+    with pytest.raises(ModelError, match=r"The loss of this LlamaForCausalLM .*is nan .*weights hold numbers that are not finite, `model\.layers\.1\.mlp\.down_proj\.weight` first"): plan.fit()
+
+
+def test_what_overflows_in_a_narrow_format_is_told_the_wider_one():
+    from sftkit.loss import check_scoring
+    for dtype, factor, said in ((torch.float16, 1e4, r"overflows in float16\. Type `mixed_precision='bf16'`"), (torch.bfloat16, 1e30, r"overflows in bfloat16\. Type `mixed_precision='no'`"),
+                                (torch.float32, 1e30, "overflows in float32. No format is wider, so give `model` another one")):
+        model = tiny_model(tiny_tokenizer(), hidden=64)
+        for layer in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj): torch.nn.init.constant_(layer.weight, factor)
+        with pytest.raises(ModelError, match=f"before anything is trained: its weights are finite, and what it computes with them {said}"): check_scoring(model.to(dtype), list(range(5, 40)))
 
 
 def test_a_quantised_teacher_is_held_in_4_bit(tmp_path):
