@@ -208,7 +208,8 @@ def _metadata(r, about, name, adapter, found):
                          dataset_split=r.valid_split if isinstance(r.valid_split, str) else "held out",
                          metric_type=k, metric_name="loss (nats per token)" if k == "loss" else k, metric_value=v)
               for k, v in found.items() if k not in ("step", "train_loss")]
-    return ModelCardData(base_model=_hub_id(r, about, "model"), library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
+    relation = {"base_model_relation": "finetune"} if adapter and _on_earlier_weights(r, about) else {}          # it fits other weights than the base's
+    return ModelCardData(base_model=_hub_id(r, about, "model"), **relation, library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
                          tags=["sft", "sftkit", *(["lora"] if r.peft else [])],
                          datasets=[dataset] if dataset else None, model_name=name if scores else None, eval_results=scores or None, **license)
 
@@ -249,11 +250,22 @@ def _maker_rows(about, plan, seconds):
             ("time in training steps", f"{seconds:.0f} s"), ("begun", about.get("started"))]
 
 # %% ../nbs/12_export.ipynb #6b92e4d7
-def _earlier_run(r, about): # by its name, and the step of a checkpoint; "" where the run began with its model
-    if not r.continue_from: return ""
+def _earlier_run(r, about): # its name, and the step of a checkpoint
     *_, folder, last = re.split(r"[/\\]", os.path.abspath(os.path.join(about.get("folder", ""), os.path.expanduser(r.continue_from))))
     step = re.fullmatch(r"checkpoint-(\d+)", last)
-    return f", continuing the weights of the run {code_span(folder if step else last)}" + (f" at step {step[1]}" if step else "")
+    return f"the run {code_span(folder if step else last)}" + (f" at step {step[1]}" if step else "")
+
+def _made_from(r, about, adapter, merged): # what the result is, and of what it was made
+    what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
+    lies = "which has to lie where the adapter's configuration says"
+    kind = "" if _hub_id(r, about, "model") else f"a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}"
+    model = code_span(portable(r, about).model)
+    place = lambda *words: f" ({', '.join(filter(None, words))})" if any(words) else ""
+    if not r.continue_from: return f"{what} {model}{place(kind, kind and adapter and lies)}"
+    if not _on_earlier_weights(r, about): return f"{what} {model}{place(kind, kind and adapter and lies)}, continuing the weights of {_earlier_run(r, about)}"
+    return f"{what} the full weights of {_earlier_run(r, about)}{place(adapter and lies)}, which was fine-tuned from {model}{place(kind)}"
+
+def _on_earlier_weights(r, about): return bool(r.peft and r.continue_from and about.get("continues") == "model")
 
 def model_card(
     r:Recipe,
@@ -268,15 +280,11 @@ def model_card(
     name = local_name(source or r.project_name, local=not source)
     plan, found = next((e for e in reversed(events) if e["kind"] == "plan"), {}), results(events)
     seconds = sum(e.get("seconds") or 0 for e in events if e["kind"] == "step")
-    what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
-    lies = ", which has to lie where the adapter's configuration says" if adapter else ""
-    place = "" if _hub_id(r, about, "model") else f" (a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}{lies})"
-    base = code_span(shown.model) + place + _earlier_run(r, about)
     example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code, r.model.endswith(".gguf"))
     license = "Its files state no licence; whichever it has holds for this model too."
     if about.get("license"): license = f"Its files state this licence: {code_span(about['license'])}."
     parts = [f"---\n{_metadata(r, about, name, adapter, found).to_yaml()}\n---", f"# {code_span(name)}",
-             f"{what} {base}. {license} Made by supervised fine-tuning with sftkit {__version__}.",
+             f"{_made_from(r, about, adapter, merged)}. {license} Made by supervised fine-tuning with sftkit {__version__}.",
              "## How to use it", f"```python\n{example}\n```", "## Data", _table(_data_rows(r, about, plan)), "## Results", _table(_result_rows(found)),
              "## Recipe", _table(_recipe_rows(shown)),
              "`recipe.yaml`, beside this card, holds all of it.", "## Made with", _table(_maker_rows(about, plan, seconds))]

@@ -11,8 +11,8 @@ import contextlib, functools, hashlib, importlib, importlib.util, json, math, os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, from_main_process, load_for_training, load_to_share,
-                          parameter_counts, save_model, shares_out, unsloth_obstacle)
+from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, earlier_weights, from_main_process, load_for_training,
+                          load_to_share, parameter_counts, save_model, shares_out, stored_kind, unsloth_obstacle)
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
@@ -161,10 +161,11 @@ def about(
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
         with contextlib.suppress(PackageNotFoundError): packages[name] = version(name)
     r = data.recipe
-    local = _local_fields(r)
+    local, earlier = _local_fields(r), earlier_weights(r)
     shape = dict(kind=data.encoder.shape.kind, columns=list(data.encoder.shape.columns))
     return dict(started=time.strftime("%Y-%m-%d %H:%M:%S %z"), folder=os.getcwd(), **_data_facts(data),
                 template=data.template and data.template.name, shape=shape, local=local,
+                **({"continues": stored_kind(earlier)} if earlier else {}),
                 python=platform.python_version(), system=f"{platform.system()} {platform.machine()}", packages=packages,
                 device=read_memory(device)["device"], cpus=os.cpu_count(), processes=process_count(), **_stated_license(r.model, "model" in local))
 

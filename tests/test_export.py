@@ -109,6 +109,11 @@ def test_card_names_the_run_whose_weights_are_continued(tiny):
         assert f"All weights fine-tuned from `{base}` (a model in a local folder), continuing the weights of the run `first`. " in text and here not in text
     assert "), continuing the weights of the run `low` at step 1. " in card("third", continue_from="runs/low/checkpoint-1", peft=True, lora_r=4)
     assert "continuing" not in Path("runs/first/README.md").read_text()
+    text = card("fourth", continue_from="runs/first", peft=True, merge_adapter=True)
+    on = f"the full weights of the run `first` (which has to lie where the adapter's configuration says), which was fine-tuned from `{base}` (a model in a local folder). "
+    assert f"A LoRA adapter for {on}" in text and here not in text and "merged into the full weights of the run `first`, which" in Path("fourth/merged/README.md").read_text()
+    relation = lambda **facts: model_card(Recipe(model="org/base", data_path="d", project_name="p", continue_from="a", peft=True), facts, [])
+    assert "base_model_relation: finetune" in relation(continues="model") and "base_model_relation" not in relation(continues="adapter")
     told = lambda given, **facts: model_card(Recipe(model="org/base", data_path="d", project_name="p", continue_from=given), {"local": ["continue_from"], **facts}, [])
     assert "from `org/base`, continuing the weights of the run `work`. " in told("..", folder="/home/grace/work/tries") and "grace" not in told("..", folder="/home/grace/work/tries")
     assert "the run `first` at step 30. " in told(r"C:\Users\ada\first\checkpoint-30") and "the run `first` at step 30. " in told("checkpoint-30", folder="/home/grace/first")
