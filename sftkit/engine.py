@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
-from .model import causal_lm, loose_tensors, replace_parameters, save_model, shares_out
+from .model import causal_lm, from_main_process, loose_tensors, replace_parameters, save_model, shares_out
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size as is_out_of_memory
@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from .recipe import ModelError, Recipe, RunError, write_atomic
 from .events import EventLog, RunDirectory, flush_folder, process_count, process_rank, this_process
 from .data import collate
-from .loss import distillation_sums, flat_batch, mean_token_loss, score_tokens, split_batch, token_loss_sum
+from .loss import distillation_sums, flat_batch, may_leave_out, mean_token_loss, score_tokens, split_batch, token_loss_sum
 from .memory import held_parts, read_memory
 from .evaluate import evaluate, generate
 from .prepare import Prepared, collator, train_loader
@@ -116,6 +116,7 @@ def training_arguments(
     run:RunDirectory,
     device:torch.device,
     dtype:torch.dtype, # compute format
+    may_leave_out:bool=False, # whether a pass may leave a trained parameter without a gradient
 )->SFTConfig:
     "The recipe in the words of transformers and TRL. Logging, progress bars and trackers are off: events do that."
     r, (_, total) = data.recipe, data.steps(process_count())
@@ -134,7 +135,8 @@ def training_arguments(
             weight_decay=r.weight_decay, max_grad_norm=r.max_grad_norm, optim=r.optimizer,
             bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False,
             report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
-            average_tokens_across_devices=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+            average_tokens_across_devices=True, ddp_find_unused_parameters=may_leave_out, max_length=None, packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
             router_aux_loss_coef=0.0,                               # else TRL has a mixture return its router's logits, which generation fails on
             **sharding, **saving, **evaluating)
     args._n_gpu = min(args.n_gpu, 1)                                # one GPU a process, however many it sees; transformers would split each batch among them
@@ -163,6 +165,8 @@ class Engine(SFTTrainer):
     def __init__(self, model, data:Prepared, run:RunDirectory, log:EventLog, device, dtype, teacher=None, evaluations=(), ready=lambda: False, prompts=()):
         from datasets import Dataset
         self.ready, self.shares_out = ready, shares_out(data.recipe)
+        averages = process_count() > 1 and data.recipe.distributed_backend in (None, "ddp")
+        unused = averages and from_main_process(lambda: may_leave_out(model, data.train.examples[0]["input_ids"][0]))
         self.flat = None if self.shares_out else ready()             # whether batches go without padding; of a model without weights nobody knows yet
         self.prompts, self.answered = prompts, {}                    # answers to the prompts, by the step of the weights that gave them
         self.data_prepared, self.run, self.events, self.teacher, self.evaluations = data, run, log, teacher, list(evaluations)
@@ -173,8 +177,8 @@ class Engine(SFTTrainer):
         trainable = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         _name_special_tokens(model, data.tokenizer)
         placeholder = Dataset.from_dict({"input_ids": [[0]]})        # TRL wants a Dataset; the batches come from get_train_dataloader
-        super().__init__(model=model, args=training_arguments(data, run, device, dtype), processing_class=data.tokenizer, data_collator=collator(data),
-                         train_dataset=placeholder, eval_dataset=placeholder if data.valid_rows else None)
+        super().__init__(model=model, args=training_arguments(data, run, device, dtype, unused), processing_class=data.tokenizer,
+                         data_collator=collator(data), train_dataset=placeholder, eval_dataset=placeholder if data.valid_rows else None)
         if data.recipe.distributed_backend == "fsdp" and not self.is_fsdp_enabled:
             raise RunError("accelerate did not turn FSDP on for these processes, so nothing was trained. Use 'ddp' or 'deepspeed'.")
         for name, parameter in model.named_parameters():             # TRL rounds the adapter of a quantised model to bf16; keep it as it was

@@ -126,6 +126,64 @@ def size(run): return 4 * next(e["total_parameters"] for e in run.events if e["k
 deepspeed = pytest.param("deepspeed", marks=pytest.mark.skipif(DEEPSPEED is None, reason="deepspeed is not built in this environment (`make test` tries to)"))
 
 
+EXPERTS = """import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Mixture(torch.nn.Module):
+    "Four experts, layers of their own, of which each token goes to one."
+    def __init__(self, whole, width):
+        super().__init__()
+        self.gate, self.experts = torch.nn.Linear(width, 4, bias=False), torch.nn.ModuleList([type(whole)(whole.config) for _ in range(4)])
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for i in chosen.unique().tolist(): out = out + self.experts[i](x) * (weights * (chosen == i))[..., None]
+        return out
+
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers: layer.mlp = Mixture(layer.mlp, config.hidden_size)
+        self.post_init()
+"""
+
+
+def save_experts(folder):
+    "A Llama with its own code: a mixture whose experts are layers, so that one to which no token is sent gets no gradient."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    import torch
+    save_tiny(folder)
+    (folder/"modeling_own.py").write_text(EXPERTS)
+    config = json.loads((folder/"config.json").read_text()) | dict(model_type="own", auto_map={"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"})
+    (folder/"config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True).save_pretrained(folder)
+
+
+def save_mixtral(folder):
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+    save_tiny(folder)
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**{k: v for k, v in json.loads((folder/"config.json").read_text()).items() if k in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")},
+        num_local_experts=8, num_experts_per_tok=1)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind,more", [("lora", LORA), ("tiny-mixtral", []), ("own-experts", ["--trust-remote-code"])], ids=lambda v: v if isinstance(v, str) else "")
+def test_ddp_looks_for_missing_gradients_only_where_some_may_be_missing(folder, kind, more):
+    "One process and two train alike, an expert without a token included; and PyTorch does not say that it looks in vain."
+    if kind != "lora":
+        (save_mixtral if "mixtral" in kind else save_experts)(folder/kind)
+        more = [*more, "--model", kind]
+    one = reference(folder, f"one-{kind}", *more)
+    code, out = sftkit(folder, "--project-name", f"ddp-{kind}", "--gpus", 2, *SMALL, *more, CUDA_VISIBLE_DEVICES="")
+    assert code == 0 and "find_unused" not in out, out
+    same_as_one(folder, f"ddp-{kind}", one=one)
+
+
 @pytest.mark.parametrize("backend", ["fsdp", deepspeed])
 @pytest.mark.parametrize("kind,more", [("full", ()), ("packed", PACKED), ("recompute", ["--gradient-checkpointing", "True"])], ids=lambda v: v if isinstance(v, str) else "")
 def test_acceptance_30_a_model_in_shares_is_loaded_once_and_trains_as_in_one_process(folder, backend, kind, more):
