@@ -352,6 +352,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sftkit.export._check_write': ('export.html#_check_write', 'sftkit/export.py'),
                                'sftkit.export._data_rows': ('export.html#_data_rows', 'sftkit/export.py'),
                                'sftkit.export._difference': ('export.html#_difference', 'sftkit/export.py'),
+                               'sftkit.export._earlier_run': ('export.html#_earlier_run', 'sftkit/export.py'),
                                'sftkit.export._file_of': ('export.html#_file_of', 'sftkit/export.py'),
                                'sftkit.export._hub_id': ('export.html#_hub_id', 'sftkit/export.py'),
                                'sftkit.export._logits': ('export.html#_logits', 'sftkit/export.py'),

@@ -249,6 +249,12 @@ def _maker_rows(about, plan, seconds):
             ("time in training steps", f"{seconds:.0f} s"), ("begun", about.get("started"))]
 
 # %% ../nbs/12_export.ipynb #6b92e4d7
+def _earlier_run(r, about): # by its name, and the step of a checkpoint; "" where the run began with its model
+    if not r.continue_from: return ""
+    *_, folder, last = re.split(r"[/\\]", os.path.abspath(os.path.join(about.get("folder", ""), os.path.expanduser(r.continue_from))))
+    step = re.fullmatch(r"checkpoint-(\d+)", last)
+    return f", continuing the weights of the run {code_span(folder if step else last)}" + (f" at step {step[1]}" if step else "")
+
 def model_card(
     r:Recipe,
     about:dict, # facts beside the recipe: see `training.about`
@@ -264,8 +270,8 @@ def model_card(
     seconds = sum(e.get("seconds") or 0 for e in events if e["kind"] == "step")
     what = "A LoRA adapter for" if adapter else "A LoRA adapter merged into" if merged else "All weights fine-tuned from"
     lies = ", which has to lie where the adapter's configuration says" if adapter else ""
-    place = "" if _hub_id(r, about, "model") else f", a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}{lies}"
-    base = code_span(shown.model) + place
+    place = "" if _hub_id(r, about, "model") else f" (a {'GGUF file' if r.model.endswith('.gguf') else 'model in a local folder'}{lies})"
+    base = code_span(shown.model) + place + _earlier_run(r, about)
     example = usage_example(name, adapter, bool(about.get("template")), r.trust_remote_code, r.model.endswith(".gguf"))
     license = "Its files state no licence; whichever it has holds for this model too."
     if about.get("license"): license = f"Its files state this licence: {code_span(about['license'])}."

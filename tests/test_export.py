@@ -99,6 +99,21 @@ def test_card_of_a_model_and_data_of_the_hub_names_them():
     assert card(model="/models/base").base_model is None and card(data_path="data-0123456789ab.jsonl").datasets is None
 
 
+def test_card_names_the_run_whose_weights_are_continued(tiny):
+    from sftkit.export import model_card
+    plan_for(tiny, "runs/first").fit(); plan_for(tiny, "runs/low", save_steps=1).lora(r=4).fit()
+    card = lambda *args, **fields: (plan_for(tiny, *args, **fields).fit(), Path(args[0], "README.md").read_text())[1]
+    base, here = Path(tiny).name, str(Path.cwd())
+    for given in "runs/first", str(Path("runs/first").absolute()) + "/":
+        text = card("second", continue_from=given, resume=False)
+        assert f"All weights fine-tuned from `{base}` (a model in a local folder), continuing the weights of the run `first`. " in text and here not in text
+    assert "), continuing the weights of the run `low` at step 1. " in card("third", continue_from="runs/low/checkpoint-1", peft=True, lora_r=4)
+    assert "continuing" not in Path("runs/first/README.md").read_text()
+    told = lambda given, **facts: model_card(Recipe(model="org/base", data_path="d", project_name="p", continue_from=given), {"local": ["continue_from"], **facts}, [])
+    assert "from `org/base`, continuing the weights of the run `work`. " in told("..", folder="/home/grace/work/tries") and "grace" not in told("..", folder="/home/grace/work/tries")
+    assert "the run `first` at step 30. " in told(r"C:\Users\ada\first\checkpoint-30") and "the run `first` at step 30. " in told("checkpoint-30", folder="/home/grace/first")
+
+
 def test_licence_is_that_of_the_base_and_of_nobody_else(tiny):
     from sftkit.training import _stated_license
     base = save_tiny("base", extra=("<|im_start|>", "<|im_end|>"))
@@ -197,7 +212,7 @@ def test_push_uploads_the_result_byte_for_byte(tiny, hub):
     assert theirs == {**ours, "base_model_name_or_path": "base"} and Path(ours["base_model_name_or_path"]).is_absolute()
     for name, data in repo["files"].items(): assert names_no_path(data), name
     card = repo["files"]["README.md"].decode()
-    assert "source = 'club/lamps'" in card and "# `club/lamps`" in card and "`base`, a model in a local folder" in card
+    assert "source = 'club/lamps'" in card and "# `club/lamps`" in card and "`base` (a model in a local folder" in card
     assert Recipe(**{k: v for k, v in yaml.safe_load(repo["files"]["recipe.yaml"]).items() if k != "about"}).lora_r == 4
     holds_no_token(".", repr(run), card, json.dumps(run.events), repr(run.recipe))
     assert not list(Path("run").glob(".pushing*")) and notes(run, "info")[-1] == f"Uploaded to {hub.url}/club/lamps"
