@@ -767,11 +767,11 @@ def check_continues(
                      f"`{name}` is {theirs[name]} there and {here}. "
                      "Give the model that the earlier run was trained on.")
 
-def _load_adapter(model, folder):
+def _load_adapter(model, folder, trainable=True):
     from peft import PeftModel
     from peft.utils import load_peft_weights
-    model.config.use_cache = False
-    with _quiet_peft(): adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if trainable: model.config.use_cache = False
+    with _quiet_peft(): adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     if _adapter_config(folder).get("modules_to_save"): _hold_saved_in_fp32(adapted, load_peft_weights(folder, device="cpu"))
     return adapted
 
@@ -980,7 +980,7 @@ def load_trained(
     quantization:str|None=None, # how the base under an adapter is held
     trust_remote_code:bool=False,
     base:str|None=None, # where the base of an adapter is; by default where the adapter says
-    unpack:bool=False, # dequantise a base that comes quantised
+    unpack:bool=False, # all in the base's format, to be merged: a base that comes quantised is dequantised, layers that were trained in full are rounded
 )->tuple: # model in eval mode, tokenizer
     "Load what `save_model` wrote. A base under an adapter is first given the rows of the new tokens."
     tokenizer = load_tokenizer(str(folder), trust_remote_code)
@@ -990,7 +990,10 @@ def load_trained(
     base = load_base(base or adapter_base(folder), dtype, device, quantization, trust_remote_code=trust_remote_code)
     if unpack and stored_quantization(base.config): dequantize(base, trust_remote_code)
     fit_embeddings(base, tokenizer)
-    with _quiet_peft(): model = PeftModel.from_pretrained(base, folder).eval()
+    if unpack:
+        with _quiet_peft(): model = PeftModel.from_pretrained(base, folder)
+    else: model = _load_adapter(base, folder, trainable=False)
+    model.eval()
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
