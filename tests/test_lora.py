@@ -132,6 +132,10 @@ def test_modules_to_save_in_bf16_are_trained_in_fp32_and_stay_so_when_gone_on_wi
     assert run.generate("turn on light 1", max_new_tokens=2) is not None
     assert steps(run)[0] == steps(plan("plain").fit())[0]                    # at first the layers are those of the base, to the last bit
     assert whole.memory().parts["adapter"] == 4 * sum(t.numel() for t in stored.values())
+    reopened = get_peft_model_state_dict(Run.open("whole").model)
+    assert all(torch.equal(reopened[k], v) and reopened[k].dtype == torch.float32 for k, v in stored.items())
+    merged = load_file(run.merge("merged").path/"model.safetensors")
+    assert {t.dtype for t in merged.values()} == {torch.float32} and torch.equal(merged["model.norm.weight"], stored["base_model.model.model.norm.weight"])
     usual = Recorder._asked
     monkeypatch.setattr(Recorder, "_asked", lambda own: usual(own) | ({"stop"} if own.engine.state.global_step == 2 else set()))
     cut = plan("cut", modules_to_save="norm,lm_head,embed_tokens")
