@@ -400,10 +400,14 @@ def linear_layers(
     model, # a causal language model
 )->list[str]: # last parts of the names of its linear layers, head excluded, in order of appearance
     "What `all-linear` puts an adapter on."
+    found = _linear(model)
+    without = _expert_names(model, found) | _passed_by(model, found)
+    return [name for name in found if name not in without]
+
+def _linear(model): # last parts of the names of all linear layers but the head
     from transformers.pytorch_utils import Conv1D
     head = model.get_output_embeddings()
-    found = _last_parts(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
-    return [name for name in found if name not in _expert_names(model, found)]
+    return _last_parts(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
 
 def experts(model)->list: # parameters (experts, out, in) of a mixture, which stand in no layer of their own
     owners = (m for m in model.modules() if not type(m).__module__.startswith("torch.nn"))
@@ -417,16 +421,28 @@ def _expert_names(model, names): # those of `names` by which peft means the expe
     convert_peft_config_for_transformers(config, model, None)
     return set(names) - set(config.target_modules)
 
+def _passed_by(model, names): # those of `names` on which peft refuses an adapter: in Mamba and its like, kernels take the weight and pass by the layer
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+    def refused(name):
+        try: LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, name)
+        except ValueError: return True
+        return False
+    return set(filter(refused, names))
+
 def expert_note(
     r:Recipe,
     model, # with or without weights
 )->str|None:
-    "What LoRA and quantisation leave out: the experts of a mixture, and linear layers of a family's own class."
+    "What LoRA and quantisation leave out: the experts of a mixture, layers that kernels pass by, and linear layers of a family's own class."
     if not r.peft: return None
     share, said = lambda weights: sum(p.numel() for p in weights) / sum(p.numel() for p in model.parameters()), []
     if apart := experts(model):
         held = f" and are not held in {_bits(r.quantization)} bit: {share(apart):.0%} of the weights stay as they are" if r.quantization else ""
         said.append(f"The experts of {type(model).__name__} are parameters without layers of their own: they get no adapter{held}.")
+    if r.target_modules == "all-linear" and (passed := _passed_by(model, _linear(model))):
+        said.append(f"{', '.join(sorted(passed))} of {type(model).__name__} gets no adapter: kernels of this family take its weight and would "
+                    "pass the adapter by.")
     own = quantized_layers(model)[1] if r.quantization else {}
     if own and (part := share([m.weight for m in own.values()])) > 0.01:                    # a router is small, and better whole
         kinds = ", ".join(sorted({type(m).__name__ for m in own.values()}))
@@ -442,7 +458,9 @@ def _tied(model): return (head := model.get_output_embeddings()) is not None and
 def _targets(model, r, new_ids=()):
     "The recipe's words for the layers with an adapter, checked against the model."
     from transformers.pytorch_utils import Conv1D
-    if r.target_modules == "all-linear": return linear_layers(model) if experts(model) else r.target_modules
+    if r.target_modules == "all-linear":
+        names = linear_layers(model)
+        return names if experts(model) or names != _linear(model) else r.target_modules
     closed = _closed(model, new_ids)
     able = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) and id(m) not in closed}
     known = _last_parts(able)
@@ -461,6 +479,8 @@ def _closed(model, new_ids): # id of a layer that takes no adapter -> why
     head, embedding, name = model.get_output_embeddings(), model.get_input_embeddings(), type(model).__name__
     taken = _expert_names(model, _last_parts(n for n, m in model.named_modules() if isinstance(m, nn.Linear)))
     closed = {id(m): f"has a name by which peft means the experts of {name}" for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in taken}
+    passed = _passed_by(model, _linear(model))
+    closed |= {id(m): f"is a layer of {name} by which kernels pass, taking its weight" for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in passed}
     closed[id(head)] = f"is the head of {name}, which the loss calls by itself"
     if _tied(model): closed[id(embedding)] = f"is the head of {name} too"
     elif new_ids: closed[id(embedding)] = f"gets rows for {len(new_ids)} new tokens, which are trained by themselves"

@@ -150,6 +150,25 @@ def test_a_layer_that_peft_takes_for_the_experts_is_refused(tmp_path):
     assert len(steps(plan_for(model).lora(r=4).fit())) == 2
 
 
+# -- layers by which kernels pass ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family,more", [("Mamba", dict(state_size=8)), ("FalconH1", dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1))],
+                         ids=["Mamba", "FalconH1"])
+def test_all_linear_leaves_out_what_peft_refuses_and_naming_it_is_refused_before_anything_loads(tmp_path, monkeypatch, family, more):
+    from safetensors.torch import load_file
+    model = saved(tmp_path/"m", family, **more)
+    plan = plan_for(model).lora(r=4, dropout=0)
+    run = plan.fit()
+    stored = load_file("run/adapter_model.safetensors")
+    names = {k.split(".lora_")[0].rsplit(".", 1)[-1] for k in stored}
+    assert "in_proj" in names and "out_proj" not in names and f"out_proj of {family}ForCausalLM gets no adapter" in notes(run)
+    assert plan.memory().parts["adapter"] == 4 * sum(v.numel() for v in stored.values())
+    assert plan_for(model, "further", continue_from="run").lora(r=4, dropout=0).fit().state == "finished"
+    monkeypatch.setattr("sftkit.model.load_base", None)
+    with pytest.raises(ModelError, match=f"LoRA target `out_proj` is a layer of {family}ForCausalLM by which kernels pass, taking its weight"): plan_for(model, "x").lora(targets="in_proj,out_proj").fit()
+    assert not Path("x").exists()
+
+
 # -- linear layers of a class of their own -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
