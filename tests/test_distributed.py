@@ -185,7 +185,7 @@ def test_ddp_looks_for_missing_gradients_only_where_some_may_be_missing(folder, 
 
 
 @pytest.mark.parametrize("backend", ["fsdp", deepspeed])
-@pytest.mark.parametrize("kind,more", [("full", ()), ("packed", PACKED), ("recompute", ["--gradient-checkpointing", "True"])], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("kind,more", [("full", ()), ("packed-recompute", [*PACKED, "--gradient-checkpointing", "True"])], ids=lambda v: v if isinstance(v, str) else "")
 def test_acceptance_30_a_model_in_shares_is_loaded_once_and_trains_as_in_one_process(folder, backend, kind, more):
     one = "one" if kind == "full" else reference(folder, f"one-{kind}", *more)
     seen = shared_run(folder, backend, name := f"{backend}-{kind}", *more)

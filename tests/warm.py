@@ -28,7 +28,8 @@ from running import PYTHON, environment
 
 IMPORTED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pandas", "pyarrow.parquet",
             "bitsandbytes", "wandb", "psutil", "jinja2", "yaml", "httpx")      # nothing of IPython, by which tqdm knows a notebook
-HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets", "peft", "trl")
+HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets", "peft", "trl", "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "peft.tuners.lora")
+SCRIPT = ("ipywidgets", "anywidget")                            # after tqdm has seen that this is no notebook
 NOTEBOOK = ("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "anywidget", "tqdm.auto")
 READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
 READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, beside what they find on PYTHONPATH: deepspeed
@@ -87,7 +88,7 @@ def serve(address, *modules):
     for name in modules: importlib.import_module(name)
     own = next((kind for kind in (".script", ".notebook") if not os.fork()), "")
     if own == ".script":
-        for name in HUGGING_FACE: importlib.import_module(name)
+        for name in HUGGING_FACE + SCRIPT: importlib.import_module(name)
     if own == ".notebook":
         import IPython
         with unittest.mock.patch("IPython.get_ipython", lambda: types.SimpleNamespace(config={"IPKernelApp": {}})):
