@@ -679,6 +679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'sftkit/recipe.py'),
                                'sftkit.recipe.TemplateError': ('recipe.html#templateerror', 'sftkit/recipe.py'),
                                'sftkit.recipe._convert': ('recipe.html#_convert', 'sftkit/recipe.py'),
+                               'sftkit.recipe._done_unasked': ('recipe.html#_done_unasked', 'sftkit/recipe.py'),
                                'sftkit.recipe._flag': ('recipe.html#_flag', 'sftkit/recipe.py'),
                                'sftkit.recipe._flag_value': ('recipe.html#_flag_value', 'sftkit/recipe.py'),
                                'sftkit.recipe._hints': ('recipe.html#_hints', 'sftkit/recipe.py'),

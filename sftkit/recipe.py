@@ -299,6 +299,10 @@ _ALSO_KNOWN_AS = dict(
     teacher="teacher_model",
     per_device_eval_batch_size="eval_batch_size", padding_side="padding", flash_attention="use_flash_attention_2", attn_implementation="use_flash_attention_2",
     metrics="eval_metrics")
+_DONE_UNASKED = dict( # parameters of other trainers, by a part of their names
+    liger="the loss never holds the logits of a whole batch, which is what Liger's fused loss is for, and `compile` fuses the layers",
+    padding_free="batches go without padding wherever the model's attention allows it",
+    group_by_length="rows of like length come into one batch")
 
 # %% ../nbs/00_recipe.ipynb #08c01284
 def meant_field(
@@ -308,10 +312,13 @@ def meant_field(
     near = difflib.get_close_matches(name, [*recipe_fields(), *_ALSO_KNOWN_AS], n=1, cutoff=0.5)
     return _ALSO_KNOWN_AS.get(near[0], near[0]) if near else None
 
+def _done_unasked(name): return next((why for part, why in _DONE_UNASKED.items() if part in name.replace("-", "_")), None)
+
 def unknown_field(
     name:str, # a name that is no field of the recipe
 )->str: # one sentence
     "Says that `name` is unknown and which field was probably meant."
+    if why := _done_unasked(name): return f"`{name}` is not a parameter, and not needed: {why}. Leave it out."
     meant = meant_field(name)
     return f"`{name}` is not a parameter." + (f" Did you mean `{meant}`?" if meant else f" Parameters: {', '.join(recipe_fields())}.")
 
@@ -499,6 +506,7 @@ def _flag(name, value):
 
 # %% ../nbs/00_recipe.ipynb #fbd8a08a
 def _unknown_flag(flag, meant):
+    if why := _done_unasked(flag): return f"`{flag}` is not a flag, and not needed: {why}. Leave it out."
     return f"`{flag}` is not a flag." + (f" Did you mean `--{meant.replace('_', '-')}`?" if meant else " `sftkit llm --help` lists them.")
 
 def _flag_value(text, rest):

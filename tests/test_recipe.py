@@ -259,3 +259,11 @@ def test_a_metric_given_as_a_function_is_told_the_name_to_type(monkeypatch):
     monkeypatch.syspath_prepend(str(Path.cwd()))
     import mine
     assert "Put it" not in said(mine.words) and 'Type eval_metrics="mine:words", or .metrics("mine:words")' in said(mine.words)
+
+
+@pytest.mark.parametrize("name, why", [("use_liger_kernel", "logits of a whole batch"), ("padding_free", "without padding"), ("group_by_length", "like length")])
+def test_acceptance_28_what_is_done_unasked_is_said_to_be(name, why):
+    said = f"` is not a {{}}, and not needed: .*{why}.*Leave it out"
+    with pytest.raises(RecipeError, match=name + said.format("parameter")): Recipe(model="m", data_path="d", project_name="p", **{name: True})
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(RecipeError, match=flag + said.format("flag")): parse_args([flag])

@@ -1,6 +1,6 @@
 """A Python that starts at once. PyTorch and a few others take seconds to import, and the tests start some two hundred processes: so a server imports
-them once, and forks for each process that is asked for. Two further ones have Hugging Face's libraries too: one for scripts and one for notebooks, since
-tqdm and transformers settle on import which of them they are in. sftkit is imported in the fork, as in any new process.
+them once, and forks for each process that is asked for. Further ones have Hugging Face's libraries too: one for scripts and one for notebooks, since
+tqdm and transformers settle on import which of them they are in, and one for scripts that find DeepSpeed. sftkit is imported in the fork, as in any new process.
 
 `start()` gives the path of a program to use in place of `sys.executable`. It hands its words, environment, folder and open files to the server,
 passes signals on, ends as the fork ends, and the fork ends with it. Where a fork would not be what a new process is (options of Python, variables that
@@ -30,6 +30,7 @@ IMPORTED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distr
             "bitsandbytes", "wandb", "psutil", "jinja2", "yaml", "httpx")      # nothing of IPython, by which tqdm knows a notebook
 HUGGING_FACE = ("transformers", "transformers.trainer", "accelerate", "datasets", "peft", "trl", "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "peft.tuners.lora")
 SCRIPT = ("ipywidgets", "anywidget")                            # after tqdm has seen that this is no notebook
+DEEPSPEED = os.path.join(sys.prefix, "deepspeed")              # where `make test` puts it
 NOTEBOOK = ("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "anywidget", "tqdm.auto")
 READ = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR", "CUDA_HOME", "WANDB", "BNB", "HOME", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONHOME", "LD_")      # variables that those read on import
 READ_TOO = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "DS_", "USE_", "XDG_", "DISABLE_TELEMETRY")                      # and these, beside what they find on PYTHONPATH: deepspeed
@@ -41,8 +42,10 @@ def kept(names): return {{k: v for k, v in os.environ.items() if k.startswith(na
 plain = words[1:] if words[:1] == ["-u"] else words
 if not plain or plain[0].startswith("-") and plain[0] not in ("-m", "-c") or kept({read!r}) != {kept!r}: os.execv({python!r}, [{python!r}, *words])
 server, parent = socket.socket(socket.AF_UNIX), os.getppid()
-other = kept({read_too!r}) != {kept_too!r} or "deepspeed" in os.environ.get("PYTHONPATH", "")
-server.connect({address!r} + ("" if other else ".notebook" if "ipykernel_launcher" in plain else ".script"))
+places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sharing = {deepspeed!r} in places and os.path.isdir({deepspeed!r})
+other = kept({read_too!r}) != {kept_too!r} | (dict(DS_ACCELERATOR="cpu") if sharing else dict()) or any("deepspeed" in p for p in places) > sharing
+server.connect({address!r} + ("" if other else ".deepspeed" if sharing else ".notebook" if "ipykernel_launcher" in plain else ".script"))
 asked = json.dumps(dict(words=words, env=dict(os.environ), folder=os.getcwd())).encode()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT): signal.signal(number, lambda n, frame: server.send(bytes([n])))
 socket.send_fds(server, [struct.pack("!I", len(asked))], [0, 1, 2])
@@ -73,20 +76,25 @@ def start(
 def _program(folder):
     address, program = f"{folder}/server", f"{folder}/python"
     def kept(names): return {k: v for k, v in environment().items() if k.startswith(names) and not k.startswith(SET_LATER)}
-    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept(READ), read_too=READ_TOO, kept_too=kept(READ_TOO), set_later=SET_LATER, address=address))
+    with open(program, "w") as file: file.write(CLIENT.format(python=PYTHON, read=READ, kept=kept(READ), read_too=READ_TOO, kept_too=kept(READ_TOO), set_later=SET_LATER, address=address,
+                                                                 deepspeed=DEEPSPEED))
     os.chmod(program, 0o755)
     return program
 
 
 def serve(address, *modules):
     "Returns in each fork, with what was asked for and the program to start others with."
-    listeners = {kind: socket.socket(socket.AF_UNIX) for kind in ("", ".script", ".notebook")}
+    listeners = {kind: socket.socket(socket.AF_UNIX) for kind in ("", ".script", ".notebook", ".deepspeed") if kind != ".deepspeed" or os.path.isdir(DEEPSPEED)}
     for kind, listener in listeners.items():
         listener.bind(address + kind)
         listener.listen(64)
     print("who asks waits", flush=True)
     for name in modules: importlib.import_module(name)
-    own = next((kind for kind in (".script", ".notebook") if not os.fork()), "")
+    own = next((kind for kind in listeners if kind and not os.fork()), "")
+    if own == ".deepspeed":
+        sys.path.append(DEEPSPEED)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        for name in HUGGING_FACE + SCRIPT + ("deepspeed",): importlib.import_module(name)
     if own == ".script":
         for name in HUGGING_FACE + SCRIPT: importlib.import_module(name)
     if own == ".notebook":
