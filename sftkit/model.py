@@ -698,10 +698,10 @@ def adapter_base(folder)->str: return _adapter_config(folder)["base_model_name_o
 
 def base_of(
     r:Recipe, # of a run, its paths as they are from here
-    folder:Path, # with the run's result or a checkpoint
+    folder:Path|None, # with the run's result or a checkpoint, if there is one
 )->str: # hub id or place
     "What a run's adapter stands on, where that lies now: run and model may have been moved together. Of a run without adapter, its model."
-    if stored_kind(folder) != "adapter": return r.model
+    if folder is None or stored_kind(folder) != "adapter": return r.model
     said = adapter_base(folder)
     if os.path.isabs(said) and os.path.exists(said): return said
     places = (r.continue_from and weights_folder(r.continue_from), Path(r.model).expanduser())

@@ -312,13 +312,14 @@ def meant_field(
     near = difflib.get_close_matches(name, [*recipe_fields(), *_ALSO_KNOWN_AS], n=1, cutoff=0.5)
     return _ALSO_KNOWN_AS.get(near[0], near[0]) if near else None
 
-def _done_unasked(name): return next((why for part, why in _DONE_UNASKED.items() if part in name.replace("-", "_")), None)
+def _done_unasked(name): # the rest of the sentence; None for other names
+    return next((f", and not needed: {why}. Leave it out." for part, why in _DONE_UNASKED.items() if part in name.replace("-", "_")), None)
 
 def unknown_field(
     name:str, # a name that is no field of the recipe
 )->str: # one sentence
     "Says that `name` is unknown and which field was probably meant."
-    if why := _done_unasked(name): return f"`{name}` is not a parameter, and not needed: {why}. Leave it out."
+    if unasked := _done_unasked(name): return f"`{name}` is not a parameter{unasked}"
     meant = meant_field(name)
     return f"`{name}` is not a parameter." + (f" Did you mean `{meant}`?" if meant else f" Parameters: {', '.join(recipe_fields())}.")
 
@@ -506,7 +507,7 @@ def _flag(name, value):
 
 # %% ../nbs/00_recipe.ipynb #fbd8a08a
 def _unknown_flag(flag, meant):
-    if why := _done_unasked(flag): return f"`{flag}` is not a flag, and not needed: {why}. Leave it out."
+    if unasked := _done_unasked(flag): return f"`{flag}` is not a flag{unasked}"
     return f"`{flag}` is not a flag." + (f" Did you mean `--{meant.replace('_', '-')}`?" if meant else " `sftkit llm --help` lists them.")
 
 def _flag_value(text, rest):
