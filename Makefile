@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 # what is imported is compiled when it is, which is a small part of what is installed
 PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
+MAKEFLAGS += --jobs=2         # the browser comes while the packages do
 
-.PHONY: demo test pictures notebooks readme export clean
+.PHONY: demo test chromium pictures notebooks readme export clean
 
 # the installed environment; made again when what it is made from changes
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -25,8 +26,10 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed hjson ninja py-cpuinfo msgpack einops
 	touch $@
 
-test: $(VENV)/.installed $(VENV)/.deepspeed ## all tests, notebooks included
+chromium:                     ## the browser of the browser tests
 	sh tests/chromium.sh
+
+test: chromium $(VENV)/.deepspeed ## all tests, notebooks included
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 notebooks: $(VENV)/.installed ## run the notebooks and keep their outputs

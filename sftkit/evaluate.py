@@ -20,20 +20,25 @@ from .recipe import DataError, ModelError, did_you_mean
 # %% ../nbs/08_evaluate.ipynb #bbe3d5a3
 def _device(model): return model.get_input_embeddings().weight.device
 
+def _rows_at_once(batch_size, tokens): # rows asked for, or None; tokens of the longest, its answer included
+    return batch_size or max(1, min(64, 2**14 // tokens))
+
 # %% ../nbs/08_evaluate.ipynb #cae80dcc
 def perplexity(
     model, # a causal language model, with or without adapter
     examples:list[dict], # each {"input_ids", "labels"}: lists of equal length; label -100 is not scored, nor is the first token
     pad_token_id:int|None, # fills short rows; any value gives the same result
-    batch_size:int=8, # rows; changes speed and memory, not the result
+    batch_size:int|None=None, # rows at a time, which changes speed and memory and not the result; None: up to 64, of 16,384 tokens together
 )->dict: # {"loss": nats per trained token, "perplexity": exp(loss), "trained_tokens": count}
     "Perplexity over all trained tokens of `examples`. Raises `DataError` when nothing is scored."
     scored = [e for e in examples if any(label != -100 for label in e["labels"][1:])]
     ordered = sorted(scored, key=lambda e: len(e["input_ids"]), reverse=True) # like lengths together: little padding, and the largest batch comes first
     device, nats, tokens = _device(model), 0.0, 0
     with inference(model):
-        for i in range(0, len(ordered), batch_size):
-            batch = {k: v.to(device) for k, v in collate(ordered[i:i + batch_size], pad_token_id or 0).items()}
+        while ordered:
+            size = _rows_at_once(batch_size, len(ordered[0]["input_ids"]))
+            batch, ordered = ordered[:size], ordered[size:]
+            batch = {k: v.to(device) for k, v in collate(batch, pad_token_id or 0).items()}
             nats += token_loss_sum(model, batch).item()
             tokens += int((batch["labels"][:, 1:] != -100).sum())
     if not tokens: raise DataError(f"Perplexity of {len(examples)} examples without one trained token: every label is -100. "
@@ -103,7 +108,7 @@ def generate(
     tokenizer, # decodes; its eos is a stop token unless `stop_ids` is given
     prompts:list[list[int]], # token ids, e.g. `encoder.prompt(row)`
     max_new_tokens:int=128, # a model whose positions end earlier stops there
-    batch_size:int=8, # prompts at a time
+    batch_size:int|None=None, # prompts at a time; None: up to 64, of 16,384 tokens together with their answers
     stop_ids=None, # token ids that end an answer; default: eos of the tokenizer and of the model
     on_text=None, # called with (index, text) as each answer is ready, longest prompts first
     skip_special_tokens:bool=True, # False keeps special tokens inside the answer; the one that ended it is dropped either way
@@ -118,7 +123,8 @@ def generate(
     texts, start = [""] * len(prompts), 0
     while start < len(order):
         limit = room[order[start]]
-        batch = [i for i in order[start:start + batch_size] if room[i] == limit]
+        size = _rows_at_once(batch_size, len(prompts[order[start]]) + limit)
+        batch = [i for i in order[start:start + size] if room[i] == limit]
         start += len(batch)
         for i, ids in zip(batch, _new_ids(model, [prompts[i] for i in batch], stops, limit, sampling)):
             texts[i] = _text(tokenizer, ids, stops, skip_special_tokens, cut)
@@ -286,7 +292,7 @@ def evaluate(
     rows, # list of dicts, or of `Row`s as `read_rows` gives them
     encoder, # the `Encoder` of training: encoder(row, where), encoder.prompt(row), encoder.reference(row)
     metrics=("perplexity", "exact_match"), # as for `check_metrics`; a function takes (predictions, references) and returns a number
-    batch_size:int=8, # rows at a time
+    batch_size:int|None=None, # rows at a time; None: up to 64, of 16,384 tokens together
     max_new_tokens:int=128, # longest answer, in tokens
     stop_ids=None, # as in `generate`; give the token that ends a turn if it is not the tokenizer's eos
     asked=None, # those of `rows` to generate for, where not all can be asked; perplexity counts all
@@ -295,7 +301,7 @@ def evaluate(
 
     Raises `DataError` for an unknown metric, before anything runs, and for rows without a reference, naming the row."""
     metrics = check_metrics(metrics)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise DataError(f"batch_size={batch_size!r}: a whole number is needed, at least 1. Type batch_size=8.")
     placed = lambda rows: [(row, f"row {i}") if isinstance(row, dict) else (row.value, row.where) for i, row in enumerate(rows, 1)]
     rows, asked = placed(rows), placed(rows if asked is None else asked)

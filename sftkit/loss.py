@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAT', 'score_tokens', 'in_shares', 'inference', 'token_loss_sum', 'may_leave_out', 'distillation_sums',
-           'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'use_flat_attention', 'plain_attention',
-           'flat_batch', 'split_batch', 'check_flat', 'mean_token_loss']
+           'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'document_groups', 'attend_in_groups',
+           'use_flat_attention', 'plain_attention', 'flat_batch', 'split_batch', 'check_flat', 'mean_token_loss']
 
 # %% ../nbs/06_loss.ipynb #af3f3920
 import contextlib, functools, importlib.util, inspect
@@ -256,18 +256,74 @@ def check_packing(
                          "rows say. Leave `packing` off: `packing=False` (`--disable-packing`).")
 
 # %% ../nbs/06_loss.ipynb #d6c321ca
+class _Spread(torch.autograd.Function):
+    "Rows of `x` at `places` among `size` rows, the others zero. No two share a place, so the way back is a plain copy too."
+    @staticmethod
+    def forward(ctx, x, places, size):
+        ctx.save_for_backward(places)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+    @staticmethod
+    def backward(ctx, gradient): return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+class _Collect(torch.autograd.Function):
+    "The way back: the rows of `x` at `places`."
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
+        ctx.size = len(x)
+        return x.index_select(0, places)
+    @staticmethod
+    def backward(ctx, gradient):
+        places, = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places, gradient), None
+
+def document_groups(
+    lengths, # tokens of each document
+)->list: # of lists of document numbers, the longest first
+    "Documents of like length: in a group none is longer than another by more than a quarter, or 16 tokens."
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] <= max(1.25 * lengths[i], lengths[i] + 16): groups[-1].append(i)
+        else: groups.append([i])
+    return groups
+
+def attend_in_groups(
+    query, key, value, # (tokens, heads, size) each; keys and values may have fewer heads
+    shapes:list, # (documents, tokens of the longest) of each group
+    places, # (tokens,) int64: where each stands when the groups stand padded one after the other
+    attend, # causal attention within rows: query, key, value (rows, heads, length, size) -> the same
+): # (tokens, heads, size)
+    "Attention within each document, a group at a time. What fills up a document's end comes after all that it reads, so that no mask is needed."
+    size, heads, out, at = sum(n * longest for n, longest in shapes), query.shape[1] // key.shape[1], [], 0
+    padded = [_Spread.apply(x, places, size) for x in (query, key, value)]
+    for n, longest in shapes:
+        q, k, v = (x[at:at + n * longest].unflatten(0, (n, longest)).transpose(1, 2) for x in padded)
+        if heads > 1: k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
+        out.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
+        at += n * longest
+    return _Collect.apply(torch.cat(out), places)
+
+def _groups(starts): # shapes and places for `attend_in_groups`
+    "Found out once a batch, and kept with its tensor: each layer asks."
+    if not hasattr(starts, "groups"):
+        edges, shapes, at = starts.tolist(), [], 0
+        lengths, places = [b - a for a, b in zip(edges, edges[1:])], torch.empty(edges[-1], dtype=torch.long)
+        for group in document_groups(lengths):
+            shapes.append((len(group), lengths[group[0]]))
+            for i in group:
+                places[edges[i]:edges[i + 1]] = torch.arange(at, at + lengths[i])
+                at += shapes[-1][1]
+        starts.groups = shapes, places.to(starts.device)
+    return starts.groups
+
 @torch.compiler.disable
-def _one_by_one(query, key, value, starts, scale, window, dropout): # (tokens, heads, size)
-    "Attention over each document by itself, with what PyTorch has on every device."
-    out, group, edges = [], query.shape[1] // key.shape[1], starts.tolist()
-    if group > 1: key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    for a, b in zip(edges, edges[1:]):
-        q, k, v = (x[a:b].transpose(0, 1)[None] for x in (query, key, value))
-        seen = None
-        if window and b - a > window: seen = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale)
-        out.append(attended[0].transpose(0, 1))
-    return torch.cat(out)
+def _in_groups(query, key, value, starts, scale, window, dropout): # (tokens, heads, size)
+    "Attention within each document, with what PyTorch has on every device."
+    def attend(q, k, v):
+        seen, length = None, q.shape[2]
+        if window and length > window: seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale)
+    return attend_in_groups(query, key, value, *_groups(starts), attend)
 
 def _has_varlen(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -293,7 +349,7 @@ def _flat_attention(device):
         if torch.is_autocast_enabled(query.device.type): query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if not fast or q.dtype == torch.float32 or q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:
-            return _one_by_one(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout)[None], None
+            return _in_groups(q, k, v, cu_seq_lens_q, scaling, sliding_window, dropout)[None], None
         if dropout: raise ModelError(f"{type(module).__name__} drops attention weights at random, which attention without padding does not do on a GPU.")
         window = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,

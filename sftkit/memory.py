@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .model import (FORMATS, add_lora, attention_dropout, best_format, causal_lm, check_quantizable, decoder_layers, load_configuration, quantized_layers,
                           recompute_activations, stored_quantization, structure)
-from .loss import score_tokens
+from .loss import attend_in_groups, document_groups, score_tokens
 from .recipe import ModelError, Recipe, RecipeError, did_you_mean, first_line, generates
 
 # %% ../nbs/07_memory.ipynb #aedfc86f
@@ -334,14 +334,10 @@ class _KeepsPadding(Exception): "The family attends in a way that batches withou
 
 def _attention(on, load, dtype, calls):
     "A stand-in for the attention functions of training."
-    def by_document(query, key, value, dropout): # (tokens, heads, size)
-        if (group := query.shape[1] // key.shape[1]) > 1: key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        lengths, out, start = load.documents if len(load.documents) <= 16 else (load.tokens,), [], 0
-        for n in lengths:
-            q, k, v = (x[start:start + n].transpose(0, 1)[None] for x in (query, key, value))
-            out.append((_by_hand(q, k, v, dropout) if dropout else _fused_attention(q, k, v, on))[0].transpose(0, 1))
-            start += n
-        return torch.cat(out)
+    def by_group(query, key, value, dropout): # (tokens, heads, size)
+        shapes = [(len(group), load.documents[group[0]]) for group in document_groups(load.documents)]
+        places = torch.empty(load.tokens, dtype=torch.long, device="meta")
+        return attend_in_groups(query, key, value, shapes, places, lambda q, k, v: _by_hand(q, k, v, dropout) if dropout else _fused_attention(q, k, v, on))
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, is_causal=None, cu_seq_lens_q=None, **kwargs):
         calls.append(cu_seq_lens_q is not None)
@@ -352,7 +348,7 @@ def _attention(on, load, dtype, calls):
         if softcap is not None or s_aux is not None or is_causal is False or (dropout and on.kind == "cuda"): raise _KeepsPadding
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         fast = on.kind == "cuda" and on.capability >= 8 and q.dtype != torch.float32 and q.shape[-1] <= 256 and v.shape[-1] == q.shape[-1]
-        if not fast: return by_document(q, k, v, dropout)[None], None
+        if not fast: return by_group(q, k, v, dropout)[None], None
         out = _Attention.apply(*(x.contiguous().transpose(0, 1) for x in (q, k, v)), None, True)
         return out.transpose(0, 1)[None], None
     return attend

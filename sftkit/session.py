@@ -599,7 +599,7 @@ class Run:
     def evaluate(self,
         data=None, # any source of rows, or one row; by default the rows held out by the recipe
         metrics="perplexity,exact_match", # names joined by commas (perplexity, exact_match, bleu, rouge), or functions (predictions, references) -> number
-        batch_size:int=16,
+        batch_size:int|None=None, # rows at a time; None: up to 64, of 16,384 tokens together
         max_new_tokens:int=128,
     )->dict: # metric -> value, and "predictions"
         "Score the tuned model. Raises `DataError` if there are no rows to score."

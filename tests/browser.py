@@ -61,9 +61,15 @@ class Server:
         request = urllib.request.Request(f"{self.url}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
         with urllib.request.urlopen(request, timeout=10) as reply: return json.loads(reply.read() or "null")
 
-    def end_sessions(self):
-        "Shut down every kernel."
-        for session in self.api("GET", "sessions"): self.api("DELETE", f"sessions/{session['id']}")
+    def end_sessions(self, seconds=20):
+        "Shut down every kernel. Of one that was killed the server refuses it as long as it is starting another in its place."
+        end = time.monotonic() + seconds
+        while sessions := self.api("GET", "sessions"):
+            for session in sessions:
+                try: self.api("DELETE", f"sessions/{session['id']}")
+                except urllib.error.HTTPError as e:
+                    if e.code not in (404, 500) or time.monotonic() > end: raise
+            time.sleep(0.05)
 
 
 def _free_port():

@@ -115,7 +115,8 @@ def test_activations_are_those_that_autograd_saves(family, adapter):
     held = said["activations"] + said["loss"]
     # what lives but is not saved, inputs and the labels above all, is in the rehearsal too
     # Within 1 % but for GPT-2, whose dropped attention on a CPU, and Mistral, whose window's mask, are reckoned roughly.
-    assert (0.95 if family in ("GPT2", "Mistral") else 0.99) * real < held < 1.01 * real, (family, real, held)
+    low, high = dict(GPT2=(0.95, 1.03), Mistral=(0.95, 1.01)).get(family, (0.99, 1.01))
+    assert low * real < held < high * real, (family, real, held)
 
 
 def test_a_family_that_keeps_its_padding_is_found_out():
