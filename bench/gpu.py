@@ -1,7 +1,7 @@
 """What must hold on a GPU, checked on one: python bench/gpu.py [--layers 16 --hidden 2048] [--out GPU.json]
 
 A random Llama is made on the spot, so nothing is downloaded. Each line is a check with the numbers behind it; the exit code is the number of failed checks.
---only takes some of the groups of checks: precisions, lora, recompute, flash, packing, compiled, distillation, optimizers, merging, memory, unsloth.
+--only takes some of the groups of checks: precisions, lora, recompute, flash, packing, older, compiled, distillation, optimizers, merging, memory, unsloth.
 With --tiny it runs on a CPU, to try the script itself.
 """
 import argparse
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from runs import CUDA, check, device_name, failed, forget_peak, random_llama, results, write
+from runs import CUDA, check, device_name, failed, forget_peak, older_card, random_llama, results, write
 
 import torch
 from safetensors.torch import load_file
@@ -162,6 +162,21 @@ def packing(base):
     check("rows go without padding, through variable-length flash attention", flat and (_has_varlen(best_device()) or not CUDA))
 
 
+def older(base):
+    "fp16 and no variable-length kernel: attention takes documents of like length together, in packed rows too."
+    expected = truth(base.model, [b for b, _ in zip(train_loader(Trainer(base).data), range(2))])
+    packed, first = packed_plan(base)
+    for precision, tolerance in (("no", 1e-4), ("fp16", 2e-3)) if CUDA else (("no", 1e-4),):
+        with older_card():
+            losses, _, _, *_, events = fit(base.replace(project_name=f"older-{precision}", mixed_precision=precision))
+            together, *_ = fit(packed.replace(project_name=f"older-packed-{precision}", mixed_precision=precision, max_steps=2))
+        flat = next(e for e in events if e["kind"] == "plan")["padding_free"]
+        check(f"as on an older card, {precision}: step-1 loss is the fp32 truth, and it learns", flat and abs(losses[0] - expected) < tolerance * expected and losses[-1] < losses[0] - 0.3,
+              loss=losses[0], truth=expected, last=losses[-1])
+        alone = documents_truth(base.model, first)
+        check(f"as on an older card, {precision}: packed rows have the loss of their documents", abs(together[0] - alone) < tolerance * alone, loss=together[0], truth=alone)
+
+
 def compiled(base):
     plain, fast = (fit(base.replace(project_name=f"compiled-{c}", compile=c, max_steps=6)) for c in (False, True))
     gap = largest_gap(plain[0], fast[0])
@@ -223,7 +238,7 @@ def unsloth_against_ours(base):
 
 def checks():
     "The groups of checks that this machine can make, by name, in their order."
-    found = [precisions, lora, recompute, flash, packing, compiled, distillation, optimizers, merging]
+    found = [precisions, lora, recompute, flash, packing, older, compiled, distillation, optimizers, merging]
     groups = {f.__name__: f for f in found}
     if CUDA: groups["memory"] = memory_that_runs_out
     if CUDA and find_spec("unsloth"): groups["unsloth"] = unsloth_against_ours

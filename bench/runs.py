@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,6 +78,17 @@ def batches(flat):
     if not flat: training.use_flat_attention = lambda *a: "padded for comparison"
     try: yield
     finally: training.use_flat_attention = real
+
+
+@contextmanager
+def older_card():
+    "As on a GPU older than Ampere: no attention kernel for rows of any length, and of those for equal rows the memory-efficient one alone."
+    switches = torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.enable_flash_sdp
+    for switch in switches: switch(False)
+    try:
+        with patch("sftkit.loss._has_varlen", lambda device: False): yield
+    finally:
+        for switch in switches: switch(True)
 
 
 def forget_peak():

@@ -6,11 +6,11 @@ A random Llama of 1.2 billion parameters is written to a temporary folder; rows 
 `tokens/s` counts real tokens (no padding) over the median of the steps after the first four; `first` is the time to the end of the first step; peak is what torch allocated.
 --only takes parts of names, in quotes where they hold spaces; a configuration runs if its name holds any of them. With --tiny it runs on a CPU, to try the script itself.
 """
-import argparse, json, statistics, sys, tempfile, time, warnings
+import argparse, contextlib, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
-from runs import CUDA, SMALL, about, batches, forget_peak, log_normal_rows, random_llama, recipe_in, shared_memory, write
+from runs import CUDA, SMALL, about, batches, forget_peak, log_normal_rows, older_card, random_llama, recipe_in, shared_memory, write
 
 import torch
 import sftkit.training as training
@@ -24,10 +24,10 @@ def figures(name, steps, loss):
     return dict(name=name, tokens_per_second=statistics.median(tokens / seconds for seconds, tokens in (steps[4:-1] or steps)), first=steps[0][0], steps=len(steps), peak_gib=peak, loss=loss)
 
 
-def ours(folder, name, rows, flat=True, **options):
+def ours(folder, name, rows, flat=True, older=False, **options):
     "One epoch by sftkit."
     forget_peak()
-    with batches(flat): run = training.Trainer(recipe_in(folder, name, **options)).fit()[0]
+    with batches(flat), older_card() if older else contextlib.nullcontext(): run = training.Trainer(recipe_in(folder, name, **options)).fit()[0]
     steps = [e for e in run.events() if e["kind"] == "step"]
     return figures(name, [(e["seconds"], e["seq_tokens"]) for e in steps], steps[-1]["loss"])
 
@@ -66,6 +66,8 @@ def jobs():
         "TRL default, LoRA": (trl, dict(lora=True)),
         "padded, LoRA": (ours, dict(flat=False, compile=False, **lora)),
         "padding-free, LoRA": (ours, dict(compile=False, **lora)),
+        "padded, as on an older card, LoRA": (ours, dict(flat=False, older=True, compile=False, **lora)),
+        "padding-free, as on an older card, LoRA": (ours, dict(older=True, compile=False, **lora)),
         "padding-free compiled, LoRA": (ours, dict(compile=True, **lora)),
         "packed, LoRA": (ours, dict(compile=False, **lora, **packed)),
         "packed, LoRA, no recompute": (ours, dict(compile=False, gradient_checkpointing=False, **lora, **packed)),

@@ -12,7 +12,7 @@ import contextlib, functools, importlib.util, inspect
 import torch
 from torch import nn
 from accelerate.utils import gather_object
-from .model import attention_dropout, causal_lm, has_bf16, is_unsloth, load_base, load_tokenizer
+from .model import attention_dropout, causal_lm, has_bf16, is_unsloth, load_base, load_tokenizer, steady_attention
 from .recipe import ModelError, Recipe, hub_access
 
 # %% ../nbs/06_loss.ipynb #73a571eb
@@ -104,7 +104,7 @@ def inference(
 ):
     "No dropout and no gradients inside the block; afterwards each module has the training flag it had."
     # what is gathered of shared weights is kept, and must be of use in training
-    with _in_eval_mode(model), torch.no_grad() if in_shares(model) else torch.inference_mode(): yield model
+    with _in_eval_mode(model), steady_attention(), torch.no_grad() if in_shares(model) else torch.inference_mode(): yield model
 
 @contextlib.contextmanager
 def _in_eval_mode(model):

@@ -560,6 +560,9 @@ def _rough(blank, load, flat, recompute, gradients, dtype):
     copies = 0 if dtype == torch.float32 else 2 * trained
     return dict(rough=dict(activations=kept, copies=copies, loss=min(load.scored * config.vocab_size, 2**26) * 16, gradients=4 * trained if gradients else 0))
 
+@functools.lru_cache(maxsize=32)
+def _found(*question): return []                                   # a place for the answer: many runs in one notebook ask the same
+
 def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher, flat):
     "(windows, without padding or not, note or None): without padding where the family allows it, else padded, else rough."
     flat_ok, why = flat and not (dropout and on.kind == "cuda"), ""
@@ -665,7 +668,11 @@ def forecast(
     shape = tuple(getattr(r, n) for n in ("peft", "lora_r", "target_modules", "use_dora", "modules_to_save", "quantization", "mixed_precision"))
     blank = known[shape] = known.get(shape) or build(None)
     depth = text.num_hidden_layers if _alike(blank.model) else None
-    windows, flat, note = _step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat)
+    asked = shape + (r.lora_dropout, r.gradient_accumulation > 1, recompute, flat, dtype, on.kind, on.capability, loads(r), vocabulary, tuple(new_ids),
+                     config.to_json_string(), teacher and (r.teacher_quantization, teacher.model.config.to_json_string()))
+    if not (answer := _found(*asked)):
+        answer.append(_step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat))
+    windows, flat, note = answer[0]
     load, peak = loads(r)[not flat], highest(windows)
     embeddings = {id(m.weight) for m in blank.model.modules() if isinstance(m, nn.Embedding)}
     state, movable, update = optimizer_bytes(r, [(tuple(p.shape), id(p) in embeddings) for p in blank.trained], on)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'best_device', 'best_format', 'has_bf16', 'compute_dtype', 'from_main_process', 'load_tokenizer',
-           'add_tokens', 'quantized_layers', 'check_quantizable', 'dequantize', 'attention_backend',
+           'add_tokens', 'quantized_layers', 'check_quantizable', 'dequantize', 'attention_backend', 'steady_attention',
            'load_configuration', 'stored_quantization', 'attention_dropout', 'check_quantized_source', 'unmergeable',
            'made_for', 'position_limit', 'within_positions', 'structure', 'load_base', 'fit_embeddings',
            'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error',
@@ -230,6 +230,14 @@ def attention_backend(
     if device.type == "cuda" and importlib.util.find_spec("flash_attn"): return "flash_attention_2", None
     why = "needs an NVIDIA GPU" if device.type != "cuda" else "is not installed (pip install flash-attn)"
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
+
+@contextlib.contextmanager
+def steady_attention():
+    "Inside the block cuDNN's attention is left out: it plans anew for each new length, which without packing is nearly every batch."
+    chosen = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try: yield
+    finally: torch.backends.cuda.enable_cudnn_sdp(chosen)
 
 # %% ../nbs/05_model.ipynb #093c79b2
 def load_configuration(

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, earlier_weights, from_main_process, load_for_training,
-                          load_to_share, parameter_counts, save_model, shares_out, stored_kind, unsloth_obstacle)
+                          load_to_share, parameter_counts, save_model, shares_out, steady_attention, stored_kind, unsloth_obstacle)
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
@@ -229,7 +229,8 @@ class Trainer:
         data = self.data
         run, checkpoint = from_main_process(lambda: claim(data.recipe, data))
         main = process_rank() == 0
-        with view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull)) as log:
+        shown, record = view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull))
+        with shown, record as log, steady_attention():
             try:
                 try: model = self._run(log, run, data, device, dtype, checkpoint)
                 except RuntimeError as e:

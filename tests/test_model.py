@@ -1,6 +1,5 @@
 """What a recipe does to the model itself: compiled layers, LoftQ, ready-made quantised weights."""
 import shutil
-
 import pytest
 import torch
 
@@ -12,12 +11,11 @@ from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer, write_js
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="compiling for a CPU needs a C++ compiler")
-@pytest.mark.parametrize("options, backend", [({}, "inductor"), (dict(peft=True, lora_dropout=0, packing=True, max_seq_length=96), "aot_eager")], ids=["full", "lora-packed"])
-def test_compiled_layers_train_alike(tmp_path, monkeypatch, options, backend):
-    "With an adapter the graphs are traced, cut and differentiated, and not turned into C++, which takes the compiler half a minute."
+@pytest.mark.parametrize("options", [{}, dict(peft=True, target_modules="q_proj", lora_dropout=0, packing=True, max_seq_length=96)], ids=["full", "lora-packed"])
+def test_compiled_layers_train_alike(tmp_path, monkeypatch, options):
+    "The graphs are traced, cut and differentiated; that a compiler then makes C++ of them is PyTorch's affair, and takes half a minute. bench/gpu.py has kernels made."
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile(layer, backend=backend, **how))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile(layer, backend="aot_eager", **how))
     torch._dynamo.utils.counters.clear()
     plan = (Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"plain")).data(write_jsonl(tmp_path/"d.jsonl", ROWS))
             .options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-3, compile=False, gradient_checkpointing=False, **options))

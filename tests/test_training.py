@@ -260,11 +260,12 @@ def test_interrupt_finishes_the_step_checkpoints_and_returns(tiny, chat_file, mo
     plan = plan_for(tiny, chat_file, "cut").options(**fields)
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == 5: os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)                # which a process in the background of a shell has not
     with monkeypatch.context() as during:
         during.setattr(Recorder, "on_step_begin", interrupt)
         run = plan.fit()
     assert run.state == "interrupted" and run.directory.checkpoints()[-1][0] == 6 and len(losses(run)) == 6
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert isinstance(run.generate("turn on", max_new_tokens=4), str)
     with pytest.raises(RunError, match="resume=True"): plan.fit()
     done = run.resume()
