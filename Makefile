@@ -5,7 +5,6 @@ BIN = $(VENV)/bin
 # what is imported is compiled when it is, which is a small part of what is installed
 PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
-MAKEFLAGS += --jobs=2         # the browser comes while the packages do
 
 .PHONY: demo test chromium pictures notebooks readme export clean
 
@@ -29,7 +28,8 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 chromium:                     ## the browser of the browser tests
 	sh tests/chromium.sh
 
-test: chromium $(VENV)/.deepspeed ## all tests, notebooks included
+test:                         ## all tests, notebooks included; the browser comes while the packages do
+	$(MAKE) --jobs=2 chromium $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 notebooks: $(VENV)/.installed ## run the notebooks and keep their outputs

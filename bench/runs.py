@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -78,6 +78,12 @@ def batches(flat):
     if not flat: training.use_flat_attention = lambda *a: "padded for comparison"
     try: yield
     finally: training.use_flat_attention = real
+
+
+@contextmanager
+def cudnn_attention():
+    "With cuDNN's attention where PyTorch chooses it, as without sftkit."
+    with patch("sftkit.loss.steady_attention", nullcontext), patch("sftkit.training.steady_attention", nullcontext): yield
 
 
 @contextmanager

@@ -23,6 +23,10 @@ def _device(model): return model.get_input_embeddings().weight.device
 def _rows_at_once(batch_size, tokens): # rows asked for, or None; tokens of the longest, its answer included
     return batch_size or max(1, min(64, 2**14 // tokens))
 
+def _check_batch_size(batch_size):
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise DataError(f"batch_size={batch_size!r}: a whole number is needed, at least 1. Type batch_size=8.")
+
 # %% ../nbs/08_evaluate.ipynb #cae80dcc
 def perplexity(
     model, # a causal language model, with or without adapter
@@ -118,12 +122,13 @@ def generate(
     "Answers to `prompts`, batched. Raises `DataError` for a prompt that is empty or too long, `ModelError` for an unknown setting."
     stops = _stop_ids(model, tokenizer, stop_ids)
     _generation_config(max_new_tokens, stops, sampling)
+    _check_batch_size(batch_size)
     room = _room(model, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts, start = [""] * len(prompts), 0
     while start < len(order):
         limit = room[order[start]]
-        size = _rows_at_once(batch_size, len(prompts[order[start]]) + limit)
+        size = _rows_at_once(batch_size, (len(prompts[order[start]]) + limit) * (sampling.get("num_beams") or 1))
         batch = [i for i in order[start:start + size] if room[i] == limit]
         start += len(batch)
         for i, ids in zip(batch, _new_ids(model, [prompts[i] for i in batch], stops, limit, sampling)):
@@ -301,8 +306,7 @@ def evaluate(
 
     Raises `DataError` for an unknown metric, before anything runs, and for rows without a reference, naming the row."""
     metrics = check_metrics(metrics)
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise DataError(f"batch_size={batch_size!r}: a whole number is needed, at least 1. Type batch_size=8.")
+    _check_batch_size(batch_size)
     placed = lambda rows: [(row, f"row {i}") if isinstance(row, dict) else (row.value, row.where) for i, row in enumerate(rows, 1)]
     rows, asked = placed(rows), placed(rows if asked is None else asked)
     examples = [encoder(value, where) for value, where in rows] if "perplexity" in metrics else []

@@ -294,26 +294,25 @@ def attend_in_groups(
     attend, # causal attention within rows: query, key, value (rows, heads, length, size) -> the same
 ): # (tokens, heads, size)
     "Attention within each document, a group at a time. What fills up a document's end comes after all that it reads, so that no mask is needed."
-    size, heads, out, at = sum(n * longest for n, longest in shapes), query.shape[1] // key.shape[1], [], 0
-    padded = [_Spread.apply(x, places, size) for x in (query, key, value)]
-    for n, longest in shapes:
-        q, k, v = (x[at:at + n * longest].unflatten(0, (n, longest)).transpose(1, 2) for x in padded)
+    sizes, heads, out = [n * longest for n, longest in shapes], query.shape[1] // key.shape[1], []
+    padded = [_Spread.apply(x, places, sum(sizes)).split(sizes) for x in (query, key, value)]
+    for (n, longest), *group in zip(shapes, *padded):
+        q, k, v = (x.unflatten(0, (n, longest)).transpose(1, 2) for x in group)
         if heads > 1: k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
         out.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
-        at += n * longest
     return _Collect.apply(torch.cat(out), places)
 
 def _groups(starts): # shapes and places for `attend_in_groups`
     "Found out once a batch, and kept with its tensor: each layer asks."
     if not hasattr(starts, "groups"):
         edges, shapes, at = starts.tolist(), [], 0
-        lengths, places = [b - a for a, b in zip(edges, edges[1:])], torch.empty(edges[-1], dtype=torch.long)
+        lengths, order = [b - a for a, b in zip(edges, edges[1:])], [None] * (len(edges) - 1)
         for group in document_groups(lengths):
             shapes.append((len(group), lengths[group[0]]))
             for i in group:
-                places[edges[i]:edges[i + 1]] = torch.arange(at, at + lengths[i])
+                order[i] = torch.arange(at, at + lengths[i])
                 at += shapes[-1][1]
-        starts.groups = shapes, places.to(starts.device)
+        with torch.inference_mode(False): starts.groups = shapes, torch.cat(order).to(starts.device, copy=True)      # training may follow an evaluation
     return starts.groups
 
 @torch.compiler.disable

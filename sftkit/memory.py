@@ -334,9 +334,9 @@ class _KeepsPadding(Exception): "The family attends in a way that batches withou
 
 def _attention(on, load, dtype, calls):
     "A stand-in for the attention functions of training."
+    shapes = [(len(group), load.documents[group[0]]) for group in document_groups(load.documents)]
+    places = torch.empty(load.tokens, dtype=torch.long, device="meta")
     def by_group(query, key, value, dropout): # (tokens, heads, size)
-        shapes = [(len(group), load.documents[group[0]]) for group in document_groups(load.documents)]
-        places = torch.empty(load.tokens, dtype=torch.long, device="meta")
         return attend_in_groups(query, key, value, shapes, places, lambda q, k, v: _by_hand(q, k, v, dropout) if dropout else _fused_attention(q, k, v, on))
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, is_causal=None, cu_seq_lens_q=None, **kwargs):
@@ -562,6 +562,7 @@ def _rough(blank, load, flat, recompute, gradients, dtype):
 
 @functools.lru_cache(maxsize=32)
 def _found(*question): return []                                   # a place for the answer: many runs in one notebook ask the same
+def _identity(blank): return type(base := causal_lm(blank.model)), base.config.to_json_string()
 
 def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher, flat):
     "(windows, without padding or not, note or None): without padding where the family allows it, else padded, else rough."
@@ -668,11 +669,12 @@ def forecast(
     shape = tuple(getattr(r, n) for n in ("peft", "lora_r", "target_modules", "use_dora", "modules_to_save", "quantization", "mixed_precision"))
     blank = known[shape] = known.get(shape) or build(None)
     depth = text.num_hidden_layers if _alike(blank.model) else None
-    asked = shape + (r.lora_dropout, r.gradient_accumulation > 1, recompute, flat, dtype, on.kind, on.capability, loads(r), vocabulary, tuple(new_ids),
-                     config.to_json_string(), teacher and (r.teacher_quantization, teacher.model.config.to_json_string()))
+    asked = shape + (r.lora_dropout, r.gradient_accumulation > 1, recompute, flat, depth, dtype, on.kind, on.capability, loads(r), vocabulary, tuple(new_ids),
+                     *_identity(blank), teacher and (r.teacher_quantization, *_identity(teacher)))
     if not (answer := _found(*asked)):
         answer.append(_step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat))
     windows, flat, note = answer[0]
+    if note: answer.clear()                                        # what kept it from being rehearsed may pass
     load, peak = loads(r)[not flat], highest(windows)
     embeddings = {id(m.weight) for m in blank.model.modules() if isinstance(m, nn.Embedding)}
     state, movable, update = optimizer_bytes(r, [(tuple(p.shape), id(p) in embeddings) for p in blank.trained], on)

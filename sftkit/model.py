@@ -15,7 +15,7 @@ __all__ = ['FORMATS', 'best_device', 'best_format', 'has_bf16', 'compute_dtype',
            'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
-import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, warnings
+import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, shutil, tempfile, threading, warnings
 from pathlib import Path
 from unittest.mock import patch
 import torch
@@ -231,13 +231,22 @@ def attention_backend(
     why = "needs an NVIDIA GPU" if device.type != "cuda" else "is not installed (pip install flash-attn)"
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
 
-@contextlib.contextmanager
-def steady_attention():
-    "Inside the block cuDNN's attention is left out: it plans anew for each new length, which without packing is nearly every batch."
-    chosen = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try: yield
-    finally: torch.backends.cuda.enable_cudnn_sdp(chosen)
+class steady_attention:
+    """Inside the block cuDNN's attention is left out: it plans anew for each new length, which without packing is nearly every batch.
+
+    The choice is the process's, and a chat may answer while a run trains: the last to leave puts back what the first one found."""
+    lock, inside, chosen = threading.Lock(), 0, True
+    def __enter__(self):
+        cls = steady_attention
+        with cls.lock:
+            if not cls.inside: cls.chosen = torch.backends.cuda.cudnn_sdp_enabled()
+            cls.inside += 1
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    def __exit__(self, *error):
+        cls = steady_attention
+        with cls.lock:
+            cls.inside -= 1
+            if not cls.inside: torch.backends.cuda.enable_cudnn_sdp(cls.chosen)
 
 # %% ../nbs/05_model.ipynb #093c79b2
 def load_configuration(

@@ -229,8 +229,8 @@ class Trainer:
         data = self.data
         run, checkpoint = from_main_process(lambda: claim(data.recipe, data))
         main = process_rank() == 0
-        shown, record = view(run) if view and main else contextlib.nullcontext(), contextlib.closing(EventLog(run.events_path if main else os.devnull))
-        with shown, record as log, steady_attention():
+        shown, events = view(run) if view and main else contextlib.nullcontext(), run.events_path if main else os.devnull
+        with shown, contextlib.closing(EventLog(events)) as log, steady_attention():
             try:
                 try: model = self._run(log, run, data, device, dtype, checkpoint)
                 except RuntimeError as e:

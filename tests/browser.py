@@ -68,7 +68,8 @@ class Server:
             for session in sessions:
                 try: self.api("DELETE", f"sessions/{session['id']}")
                 except urllib.error.HTTPError as e:
-                    if e.code not in (404, 500) or time.monotonic() > end: raise
+                    if e.code not in (404, 500): raise
+            if time.monotonic() > end: raise TimeoutError(f"kernels that do not end: {sessions}")
             time.sleep(0.05)
 
 

@@ -115,6 +115,19 @@ def test_batched_generation_equals_single(model, tok):
     assert len(set(together)) >= 4  # the prompts do matter
 
 
+def test_as_many_prompts_at_a_time_as_64_and_as_16384_tokens(model, tok, monkeypatch):
+    sizes = []
+    def answered(model, prompts, *rest): sizes.append(len(prompts)); return [[5]] * len(prompts)
+    monkeypatch.setattr(ev, "_new_ids", answered)
+    for prompts, more, want in (([[5] * 6] * 130, {}, [64, 64, 2]), ([[5] * 1000] * 30 + [[5] * 20] * 20, {}, [16, 16, 18]), ([[5] * 20_000] * 2, {}, [1, 1]),
+                                ([[5] * 1000] * 8, dict(num_beams=4), [4, 4]), ([[5] * 1000] * 40, dict(batch_size=40), [40])):
+        sizes.clear()
+        monkeypatch.setattr(ev, "position_limit", lambda config: None)
+        generate(model, tok, prompts, max_new_tokens=24, **more)
+        assert sizes == want
+    with pytest.raises(DataError, match="batch_size=0.*at least 1"): generate(model, tok, [[5]], batch_size=0)
+
+
 def greedy(model, ids, n):
     "Greedy decoding without cache, batch or mask: what generation has to equal."
     ids = list(ids)

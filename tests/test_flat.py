@@ -5,7 +5,7 @@ import transformers
 
 from sftkit import Session
 from sftkit.data import collate, collate_packed
-from sftkit.loss import FLAT, flat_batch, token_loss_sum, use_flat_attention
+from sftkit.loss import FLAT, _in_groups, document_groups, flat_batch, token_loss_sum, use_flat_attention
 from tiny import save_tiny, write_jsonl
 
 SHAPE = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -68,6 +68,28 @@ def test_gradients_without_padding_are_those_of_the_documents():
         model.zero_grad()
         token_loss_sum(model, batch).backward()
         assert all((p.grad - want[n]).abs().max() < 1e-5 for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_documents_in_groups_attend_as_each_alone(window):
+    "Outputs and gradients, against attention that is written out for one document at a time; lengths of several groups, fewer key heads, values of another width."
+    lengths, random = (40, 3, 38, 1, 100, 37, 64), torch.Generator().manual_seed(0)
+    assert [len(g) for g in document_groups(lengths)] == [1, 1, 3, 2]
+    draw = lambda heads, size: torch.randn(sum(lengths), heads, size, generator=random, requires_grad=True)
+    q, k, v = draw(4, 8), draw(2, 8), draw(2, 6)
+    edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    def alone(q, k, v):
+        at = torch.arange(len(q))
+        seen = (at[:, None] >= at) & (at[:, None] - at < (window or len(q)))
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        weights = (torch.einsum("ihd,jhd->hij", q, k) * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", weights, v)
+    want = torch.cat([alone(q[a:b], k[a:b], v[a:b]) for a, b in zip(edges, edges[1:])])
+    with torch.inference_mode(): first = _in_groups(q, k, v, edges, 0.3, window, 0.0)           # what was found out here serves the training after it
+    got = _in_groups(q, k, v, edges, 0.3, window, 0.0)
+    up = torch.randn(want.shape, generator=random)
+    assert torch.allclose(first, want, atol=1e-6) and torch.allclose(got, want, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(torch.autograd.grad(got, (q, k, v), up), torch.autograd.grad(want, (q, k, v), up)))
 
 
 def test_a_model_that_mixes_documents_is_noticed():

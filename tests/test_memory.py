@@ -29,6 +29,12 @@ LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num
 def recipe(model="m", **fields): return Recipe(**{**dict(model=str(model), data_path="d", project_name="p"), **fields})
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    "Each test has its own rehearsals made."
+    memory._found.cache_clear()
+
+
 # ---- what is there: counted alike on the meta device and in a loaded model
 
 CASES = {"full": {}, "LoRA": dict(peft=True), "LoRA on some layers": dict(peft=True, target_modules="SOME", lora_r=3), "DoRA": dict(peft=True, use_dora=True), "rows of new tokens": dict(peft=True, new=2),
@@ -292,11 +298,21 @@ def test_cards_by_any_spelling():
     with pytest.raises(RecipeError, match="Did you mean `H100`"): machine("H10O")
 
 
-def test_old_cards_attend_document_by_document_in_fp16():
+def test_old_cards_attend_by_groups_of_documents_in_fp16():
     load, config = Load(2, 300, (300, 200), 400), LlamaConfig(**SHAPE)
     assert machine("T4").dtype(None) == torch.float16
     new, old = (forecast(recipe(peft=True, gradient_checkpointing=False), lambda r: (load, load), machine(gpu), config) for gpu in ("A100", "T4"))
     assert old.parts["activations"] > new.parts["activations"] and old.flat and new.flat
+
+
+def test_a_rehearsal_is_made_once_for_the_same_question_and_again_for_another():
+    load, made = Load(2, 300, (300, 200), 400), []
+    real = memory.rehearse
+    ask = lambda **fields: forecast(recipe(peft=True, **{"gradient_checkpointing": False, **fields}), lambda r: (load, load), A100, LlamaConfig(**SHAPE)).total_bytes
+    with patch.object(memory, "rehearse", lambda *a, **k: made.append(a) or real(*a, **k)):
+        assert ask() == ask(lr=1e-3) and len(made) == 1
+        assert ask(lora_dropout=0.5) != ask(lora_dropout=0) and len(made) == 3
+        assert ask(gradient_checkpointing=True) < ask() and len(made) == 4
 
 
 # ---- as a person meets it

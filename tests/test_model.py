@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sftkit import Run, Session
-from sftkit.model import add_lora, decoder_layers, load_base
+from sftkit.model import add_lora, decoder_layers, load_base, steady_attention
 from sftkit.recipe import ModelError, Recipe, RecipeError
 from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -350,3 +350,13 @@ def test_a_model_that_cannot_be_laid_out_like_the_first_is_refused(tiny, monkeyp
     r, tokenizer = Recipe(model=tiny, data_path="d", project_name="p", peft=True), model.load_tokenizer(tiny)
     monkeypatch.setattr(model, "_without_weights", lambda r, *args, real=model._without_weights: real(r.replace(lora_r=3), *args))
     with pytest.raises(ModelError, match=r"not what the first process has loaded \(`.*lora_A.*` is .*so it cannot be shared out"): in_two_processes(monkeypatch, r, tokenizer, [], torch.float32)
+
+
+def test_cudnns_attention_is_left_out_while_anybody_is_inside_and_then_as_it_was():
+    chosen, first, second = torch.backends.cuda.cudnn_sdp_enabled(), steady_attention(), steady_attention()
+    with first: assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
+    first.__enter__(); second.__enter__(); first.__exit__()                                  # as of two threads
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
