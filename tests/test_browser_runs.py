@@ -53,7 +53,7 @@ def use_every_button(nb, run, first=30, more=10, seconds=60): # `first`: the ste
     assert len(run.checkpoints()) == 1 and run.status()["state"] == "training"
 
 
-@pytest.mark.parametrize("app", ["lab", "notebook"])
+@pytest.mark.parametrize("app", ["lab"])                       # buttons are pressed in both by the next test, pages and kernels come back in Notebook 7 by the one after the interrupt
 def test_a_started_run_obeys_its_buttons_and_survives_page_and_kernel(server, app):
     name = f"started-{app}"
     write_notebook(server.root/f"{name}.ipynb", [PLAN.format(name=name, steps=100_000) + "\nrun = plan.start()", "print('free:', run.state)", f"from sftkit import Run\nagain = Run.open({name!r}).watch()"])
@@ -114,7 +114,7 @@ def test_the_interrupt_button_stops_a_fit_with_a_checkpoint(server):
     assert run.status()["state"] == "interrupted" and run.checkpoints()[-1][0] == max(e["step"] for e in run.events() if e["kind"] == "step")
 
 
-@pytest.mark.parametrize("app", ["lab", "notebook"])
+@pytest.mark.parametrize("app", ["notebook"])
 def test_a_fit_outlives_its_page_and_can_be_taken_up_after_its_kernel(server, app):
     "While its cell is busy the kernel cannot bring the view to a new page; the run goes on, and the view is there with everything as soon as the cell has ended. A killed kernel takes its run along, which goes on elsewhere."
     name = f"outlived-{app}"

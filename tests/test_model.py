@@ -11,14 +11,14 @@ from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer, write_js
 ROWS = [dict(prompt="what is it " * (i % 5 + 1), completion="the light in the kitchen " * (i % 3 + 1)) for i in range(16)]
 
 
-@pytest.mark.parametrize("options", [{}, dict(peft=True, target_modules="q_proj", lora_dropout=0, packing=True, max_seq_length=96)], ids=["full", "lora-packed"])
-def test_compiled_layers_train_alike(tmp_path, monkeypatch, options):
+def test_compiled_layers_train_alike(tmp_path, monkeypatch):
     "The graphs are traced, cut and differentiated; that a compiler then makes C++ of them is PyTorch's affair, and takes half a minute. bench/gpu.py has kernels made."
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile(layer, backend="aot_eager", **how))
     torch._dynamo.utils.counters.clear()
     plan = (Session(save_tiny(tmp_path/"m"), project=str(tmp_path/"plain")).data(write_jsonl(tmp_path/"d.jsonl", ROWS))
-            .options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-3, compile=False, gradient_checkpointing=False, **options))
+            .options(batch_size=4, gradient_accumulation=1, epochs=2, lr=1e-3, compile=False, gradient_checkpointing=False,
+                     peft=True, target_modules="q_proj", lora_dropout=0, packing=True, max_seq_length=96))
     plain = plan.fit()
     compiled = Session.from_recipe(plan.recipe.replace(project_name=str(tmp_path/"compiled"), compile=True)).fit()
     flags = [next(e["compiled"] for e in r.events if e["kind"] == "plan") for r in (plain, compiled)]
@@ -26,8 +26,7 @@ def test_compiled_layers_train_alike(tmp_path, monkeypatch, options):
     assert torch._dynamo.utils.counters["aot_autograd"]["ok"] > 0
     assert len(plain.history) == len(compiled.history) and (plain.history.loss - compiled.history.loss).abs().max() < 1e-4
     from safetensors.torch import load_file
-    name = "adapter_model.safetensors" if options.get("peft") else "model.safetensors"
-    a, b = (load_file(r.path/name) for r in (plain, compiled))
+    a, b = (load_file(r.path/"adapter_model.safetensors") for r in (plain, compiled))
     assert sorted(a) == sorted(b) and not any("_orig_mod" in k for k in a)
     prompt = "what is it "
     assert Run.open(compiled.path).generate(prompt, max_new_tokens=8) == compiled.generate(prompt, max_new_tokens=8)
