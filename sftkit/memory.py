@@ -560,10 +560,6 @@ def _rough(blank, load, flat, recompute, gradients, dtype):
     copies = 0 if dtype == torch.float32 else 2 * trained
     return dict(rough=dict(activations=kept, copies=copies, loss=min(load.scored * config.vocab_size, 2**26) * 16, gradients=4 * trained if gradients else 0))
 
-@functools.lru_cache(maxsize=32)
-def _found(*question): return []                                   # a place for the answer: many runs in one notebook ask the same
-def _identity(blank): return type(base := causal_lm(blank.model)), base.config.to_json_string()
-
 def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher, flat):
     "(windows, without padding or not, note or None): without padding where the family allows it, else padded, else rough."
     flat_ok, why = flat and not (dropout and on.kind == "cuda"), ""
@@ -574,6 +570,19 @@ def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher
     blank = build(None)
     note = f"the activations are a rough figure, since a step of {type(causal_lm(blank.model)).__name__} could not be rehearsed ({why})"
     return _rough(blank, loads[not flat_ok], flat_ok, recompute, gradients, dtype), flat_ok, note
+
+_ANSWERS = {}                                                    # to the last questions: many runs in one notebook ask the same
+
+def _remembered(question, answer):
+    "What `answer()` says, or said when the same was asked before. What could not be rehearsed is asked again: what kept it may have passed."
+    if question not in _ANSWERS:
+        windows, flat, note = answer()
+        if note: return windows, flat, note
+        if len(_ANSWERS) >= 32: _ANSWERS.pop(next(iter(_ANSWERS)), None)
+        _ANSWERS[question] = windows, flat, note
+    return _ANSWERS[question]
+
+def _identity(blank): return type(base := causal_lm(blank.model)), base.config.to_json_string()
 
 # %% ../nbs/07_memory.ipynb #b7d0c1c1
 @dataclass
@@ -638,6 +647,16 @@ class Forecast:
 def _gib(n): return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
 
 # %% ../nbs/07_memory.ipynb #b7d0c1c4
+def _between_steps(r, blank, teacher, on): # (bytes by kind, bytes that the optimizer step takes beside, bytes of optimizer state that may move to the CPU)
+    embeddings = {id(m.weight) for m in blank.model.modules() if isinstance(m, nn.Embedding)}
+    state, movable, update = optimizer_bytes(r, [(tuple(p.shape), id(p) in embeddings) for p in blank.trained], on)
+    return blank.parts() | dict(teacher=sum(teacher.parts().values()) if teacher else 0, optimizer=state - movable), update, movable
+
+def _fixed(r, on, peak): # bytes by kind, whatever the model
+    if on.kind != "cuda": return dict(process=_PROCESS, spare=0)
+    comes_and_goes = sum(peak.get(k, 0) for k in ("activations", "loss", "copies"))
+    return dict(workspace=_WORKSPACE, context=_CONTEXT, spare=int((0.05 if r.packing or r.block_size > 0 else 0.15) * comes_and_goes))
+
 def forecast(
     r:Recipe,
     loads, # recipe -> (Load without padding, Load with it): the heaviest micro-batches of the data, see `heaviest`
@@ -671,22 +690,15 @@ def forecast(
     depth = text.num_hidden_layers if _alike(blank.model) else None
     asked = shape + (r.lora_dropout, r.gradient_accumulation > 1, recompute, flat, depth, dtype, on.kind, on.capability, loads(r), vocabulary, tuple(new_ids),
                      *_identity(blank), teacher and (r.teacher_quantization, *_identity(teacher)))
-    if not (answer := _found(*asked)):
-        answer.append(_step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat))
-    windows, flat, note = answer[0]
-    if note: answer.clear()                                        # what kept it from being rehearsed may pass
+    windows, flat, note = _remembered(asked, lambda: _step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat))
     load, peak = loads(r)[not flat], highest(windows)
-    embeddings = {id(m.weight) for m in blank.model.modules() if isinstance(m, nn.Embedding)}
-    state, movable, update = optimizer_bytes(r, [(tuple(p.shape), id(p) in embeddings) for p in blank.trained], on)
-    there = blank.parts() | dict(teacher=sum(teacher.parts().values()) if teacher else 0, optimizer=state - movable)
+    there, update, movable = _between_steps(r, blank, teacher, on)
     if compiled: peak = peak | dict(activations=int(0.7 * peak.get("activations", 0)))
     size = 2 if r.peft and dtype != torch.float32 else 4
     cache = _cache(text, r, r.eval_batch_size or r.batch_size, load.width + r.eval_max_new_tokens, size) if generates(r) else 0
     gradients = sum(p.numel() * p.element_size() for p in blank.trained)
     moments = {"backward pass": there | peak, "optimizer step": there | dict(gradients=gradients, update=update), "evaluation": there | dict(cache=cache)}
-    fixed = dict(workspace=_WORKSPACE, context=_CONTEXT) if on.kind == "cuda" else dict(process=_PROCESS)
-    comes_and_goes = sum(peak.get(k, 0) for k in ("activations", "loss", "copies"))
-    fixed["spare"] = int((0.05 if r.packing or r.block_size > 0 else 0.15) * comes_and_goes) if on.kind == "cuda" else 0
+    fixed = _fixed(r, on, peak)
     moment, parts = max(((name, _shared(parts, r, blank, dtype, processes) | fixed) for name, parts in moments.items()), key=lambda m: sum(m[1].values()))
     notes = [note, movable and f"{_gib(movable)} of paged optimizer state may move to the CPU's memory and is not counted",
              compiled and "compiled layers are taken to keep 70 % of the activations"]

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from .model import (attention_backend, best_device, can_compile, compile_layers, compute_dtype, earlier_weights, from_main_process, load_for_training,
-                          load_to_share, parameter_counts, save_model, shares_out, steady_attention, stored_kind, unsloth_obstacle)
+                          load_to_share, parameter_counts, quick_products, save_model, shares_out, steady_attention, stored_kind, unsloth_obstacle)
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
@@ -307,7 +307,7 @@ class Trainer:
         with started_trackers(self.recipe, run, log) if process_rank() == 0 else contextlib.nullcontext([]) as trackers:
             engine.recorder.trackers = trackers
             with stop_on_interrupt(engine.recorder):
-                engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                with quick_products(model): engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 if engine.recorder.outcome != "finished": return engine.recorder.outcome
                 engine.load_best()
                 engine.check_weights()

@@ -32,7 +32,7 @@ def recipe(model="m", **fields): return Recipe(**{**dict(model=str(model), data_
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     "Each test has its own rehearsals made."
-    memory._found.cache_clear()
+    memory._ANSWERS.clear()
 
 
 # ---- what is there: counted alike on the meta device and in a loaded model

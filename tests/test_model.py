@@ -1,10 +1,11 @@
 """What a recipe does to the model itself: compiled layers, LoftQ, ready-made quantised weights."""
+import contextlib
 import shutil
 import pytest
 import torch
 
 from sftkit import Run, Session
-from sftkit.model import add_lora, decoder_layers, load_base, steady_attention
+from sftkit.model import add_lora, decoder_layers, load_base, quick_products, steady_attention
 from sftkit.recipe import ModelError, Recipe, RecipeError
 from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -352,10 +353,92 @@ def test_a_model_that_cannot_be_laid_out_like_the_first_is_refused(tiny, monkeyp
 
 
 def test_cudnns_attention_is_left_out_while_anybody_is_inside_and_then_as_it_was():
-    chosen, first, second = torch.backends.cuda.cudnn_sdp_enabled(), steady_attention(), steady_attention()
-    with first: assert not torch.backends.cuda.cudnn_sdp_enabled()
+    chosen = torch.backends.cuda.cudnn_sdp_enabled()
+    with steady_attention(): assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
-    first.__enter__(); second.__enter__(); first.__exit__()                                  # as of two threads
+    first, second = steady_attention(), steady_attention()
+    first.__enter__(); second.__enter__(); first.__exit__(None, None, None)                  # as of two threads
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    second.__exit__()
+    second.__exit__(None, None, None)
     assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    "A Llama that is large enough for oneDNN's products."
+    return save_tiny(tmp_path_factory.mktemp("large")/"m", hidden=512, layers=6)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_quick_products_are_as_precise_and_leave_everything_as_it_was(large, monkeypatch, flat):
+    "Loss and gradients with oneDNN's products and with MKL's, beside the same in float64; and which of the two the parts of a pass are made by."
+    from sftkit import loss
+    from sftkit.data import collate
+    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)         # as precise on every CPU without units for bf16 matrices, quicker or not
+    model, seen = load_base(large), []
+    rows = [dict(input_ids=list(range(5, 5 + n)), labels=list(range(5, 5 + n))) for n in (40, 33, 12)]
+    assert loss.use_flat_attention(model, rows[0]["input_ids"]) is None
+    batch = collate(rows, 2)
+    if flat: batch = loss.flat_batch(batch)
+    usual, precision = torch.nn.functional.scaled_dot_product_attention, torch.get_float32_matmul_precision
+    def attention(*args, **kwargs):
+        out = usual(*args, **kwargs)
+        seen.append(("attention", precision()))
+        out.grad_fn.register_prehook(lambda *_: seen.append(("attention back", precision())))
+        return out
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(("layer", precision())))
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: seen.append(("layer back", precision())))
+    def passed(place):
+        model.zero_grad()
+        with place: (total := loss.token_loss_sum(model, batch)).backward()
+        return total.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    mkl, mkl_gradient = passed(contextlib.nullcontext())
+    assert {p for _, p in seen} == {"highest"}
+    seen.clear()
+    quick, quick_gradient = passed(quick_products(model))
+    assert set(seen) == {("attention", "highest"), ("attention back", "highest"), ("layer", "medium"), ("layer back", "medium")} and precision() == "highest"
+    model.double()
+    exact, gradient = passed(contextlib.nullcontext())
+    if not quick_is_precise(): pytest.skip("this CPU multiplies bf16 matrices, so sftkit leaves oneDNN alone on it")
+    assert quick == pytest.approx(exact, rel=1e-6)
+    off, usual_off = ((g - gradient).norm() / gradient.norm() for g in (quick_gradient, mkl_gradient))
+    assert off < max(2 * usual_off, 1e-6), (off, usual_off)
+
+
+def quick_is_precise():
+    a = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium")
+    try: return (a @ a - a.double() @ a.double()).abs().mean() < 1e-4
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+def test_quick_products_are_for_large_models_in_fp32_on_a_cpu_that_gains(large, tiny, monkeypatch):
+    inside = lambda model: (lambda c: (c.__enter__(), torch.get_float32_matmul_precision(), c.__exit__(None, None, None))[1])(quick_products(model))
+    model = load_base(large)
+    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)
+    assert [inside(load_base(tiny)), inside(model)] == ["highest", "medium"]
+    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: False)
+    assert inside(model) == "highest"
+    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)
+    model.model.layers[0].compile(backend="eager")
+    assert inside(model) == "highest"                                             # compiled code is tied to the setting
+    with pytest.raises(ZeroDivisionError), quick_products(load_base(large)): 1 / 0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("maker, precise, quicker", [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False)])
+def test_onednn_is_taken_where_it_is_quicker_and_as_precise(monkeypatch, maker, precise, quicker):
+    from sftkit import model
+    product = torch.Tensor.__matmul__
+    def rough(a, b): # as a CPU does that multiplies bf16 matrices
+        medium = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        return product(a.bfloat16(), b.bfloat16()).float() if medium and not precise else product(a.double(), b.double()).to(a.dtype)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rough)
+    monkeypatch.setattr(model, "_cpu_maker", lambda: maker)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert model._onednn_is_quicker.__wrapped__() == quicker
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not model._onednn_is_quicker.__wrapped__()
