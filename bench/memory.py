@@ -27,8 +27,8 @@ def jobs(tiny):
     packed = dict(packing=True, max_seq_length=128 if tiny else 2048, batch_size=4)
     return {
         "full": dict(),
-        "full, fused AdamW": dict(optimizer="adamw_torch_fused"),
-        "full, nothing recomputed, one micro-batch": dict(optimizer="adamw_torch_fused", gradient_checkpointing=False, gradient_accumulation=1),
+        "full, one micro-batch": dict(gradient_accumulation=1),
+        "full, nothing recomputed, one micro-batch": dict(gradient_checkpointing=False, gradient_accumulation=1),
         "full, 8-bit AdamW, packed": dict(optimizer="adamw_bnb_8bit", **packed),
         "LoRA": dict(peft=True),
         "LoRA, padded": dict(peft=True, flat=False),

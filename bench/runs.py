@@ -86,6 +86,11 @@ def cudnn_attention():
     with patch("sftkit.loss.steady_attention", nullcontext), patch("sftkit.training.steady_attention", nullcontext): yield
 
 
+def foreach_adamw():
+    "With AdamW as PyTorch takes it unasked: each operation over all weights at once, with copies."
+    return patch("sftkit.engine.optimizer_name", lambda r: r.optimizer)
+
+
 @contextmanager
 def older_card():
     "As on a GPU older than Ampere: no attention kernel for rows of any length, and of those for equal rows the memory-efficient one alone."

@@ -11,7 +11,7 @@ import argparse, contextlib, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
-from runs import CUDA, DEVICE, SMALL, about, batches, cudnn_attention, forget_peak, log_normal_rows, older_card, random_llama, recipe_in, shared_memory, write
+from runs import CUDA, DEVICE, SMALL, about, batches, cudnn_attention, foreach_adamw, forget_peak, log_normal_rows, older_card, random_llama, recipe_in, shared_memory, write
 
 import torch
 import sftkit.training as training
@@ -55,8 +55,9 @@ def trl(folder, name, rows, lora, **config):
         def training_step(self, model, inputs, *a, **k):
             clock.tokens += int(inputs["attention_mask"].sum()) if inputs.get("attention_mask") is not None else inputs["input_ids"].numel()
             return super().training_step(model, inputs, *a, **k)
-    options = SFTConfig(str(folder / name.replace(" ", "-")), num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=4, max_length=2048, learning_rate=1e-5,
-                        save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, use_cpu=not CUDA, bf16=CUDA, **config)
+    usual = dict(num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=4, max_length=2048, learning_rate=1e-5, save_strategy="no", report_to=[], logging_steps=1000,
+                 disable_tqdm=True, use_cpu=not CUDA, bf16=CUDA)
+    options = SFTConfig(str(folder / name.replace(" ", "-")), **usual | config)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     result = Counting(str(folder / "m"), args=options, train_dataset=Dataset.from_list(rows), peft_config=adapter, callbacks=[clock]).train()
     return figures(name, clock.steps, result.training_loss)
@@ -91,6 +92,7 @@ def jobs():
         "packed compiled, LoRA, no recompute": (ours, dict(compile=True, gradient_checkpointing=False, **lora, **packed)),
         "TRL default, full": (trl, dict(lora=False)),
         "padding-free, full": (ours, dict(compile=False)),
+        "padding-free, AdamW not fused, full": (ours, dict(place=foreach_adamw, compile=False)),
         "padding-free compiled, full": (ours, dict(compile=True)),
         "answers": (answers, dict()),
         "answers, 8 at a time": (answers, dict(batch_size=8)),

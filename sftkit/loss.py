@@ -12,7 +12,7 @@ import contextlib, functools, importlib.util, inspect
 import torch
 from torch import nn
 from accelerate.utils import gather_object
-from .model import attention_dropout, causal_lm, has_bf16, is_unsloth, load_base, load_tokenizer, quick_products, small_products, steady_attention
+from .model import attention_dropout, causal_lm, has_bf16, is_unsloth, load_base, load_tokenizer, quick_products, steady_attention
 from .recipe import ModelError, Recipe, hub_access
 
 # %% ../nbs/06_loss.ipynb #73a571eb
@@ -322,7 +322,7 @@ def _in_groups(query, key, value, starts, scale, window, dropout): # (tokens, he
         seen, length = None, q.shape[2]
         if window and length > window: seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale)
-    return attend_in_groups(query, key, value, *_groups(starts), lambda *group: small_products(attend, *group))
+    return attend_in_groups(query, key, value, *_groups(starts), attend)
 
 def _has_varlen(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -341,8 +341,7 @@ def _flat_attention(device):
                cu_seq_lens_q=None, max_length_q=None, **kwargs):
         if cu_seq_lens_q is None:
             more = {k: v for k, v in dict(softcap=softcap, s_aux=s_aux).items() if v is not None}
-            padded = lambda *qkv: sdpa_attention_forward(module, *qkv, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more, **kwargs)[0]
-            return small_products(padded, query, key, value), None
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more, **kwargs)
         if softcap is not None or s_aux is not None or is_causal is False:
             raise ModelError(f"{type(module).__name__} caps its attention scores or adds sinks to them, which attention without padding does not do.")
         # rotary embeddings come back in fp32

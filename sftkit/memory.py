@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPUS', 'memory_limit', 'read_memory', 'reset_peak', 'held_parts', 'Machine', 'machine', 'stored_bytes', 'Blank',
            'blank_model', 'Ledger', 'Load', 'heaviest', 'rehearse', 'highest', 'with_depth', 'small_copy', 'rehearsed',
-           'optimizer_bytes', 'Forecast', 'forecast', 'Remedy', 'remedies']
+           'optimizer_name', 'optimizer_bytes', 'Forecast', 'forecast', 'Remedy', 'remedies']
 
 # %% ../nbs/07_memory.ipynb #0dd9a2dd
 import contextlib, functools, html, math, resource, sys, weakref
@@ -500,13 +500,17 @@ def rehearsed(
     return {w: {k: line(a[w].get(k, 0), b[w].get(k, 0)) for k in a[w] | b[w]} for w in a.keys() & b.keys()}
 
 # %% ../nbs/07_memory.ipynb #b7d0c1bb
+def optimizer_name(r:Recipe)->str: # of transformers
+    "PyTorch's AdamW is its fused kernel: the same update in one pass, without copies. Weights that are shared out keep to the other."
+    return "adamw_torch_fused" if r.optimizer == "adamw_torch" and r.distributed_backend not in ("fsdp", "deepspeed") else r.optimizer
+
 def optimizer_bytes(
     r:Recipe,
     shapes:list, # (shape, whether an embedding) of each trained tensor
     on:Machine,
 )->tuple[int, int, int]: # bytes of state, bytes of it that can leave the GPU, and bytes while it steps
     "What the optimizer holds, from the second step on."
-    name, sizes = r.optimizer, [math.prod(s) for s, _ in shapes]
+    name, sizes = optimizer_name(r), [math.prod(s) for s, _ in shapes]
     n, largest, gpu = sum(sizes), max(sizes, default=0), on.kind == "cuda"
     if name in ("adamw_torch", "adamw_torch_fused"): return 8 * n + 4 * len(sizes), 0, 0 if name.endswith("fused") else 4 * n if gpu else 4 * largest
     if name == "sgd": return 0, 0, 4 * n if gpu and r.weight_decay else 0
@@ -731,7 +735,7 @@ def _candidates(f):
         yield dict(batch_size=size, gradient_accumulation=math.ceil(r.batch_size * r.gradient_accumulation / size))
     if r.max_seq_length > 256 and f.load.width > r.max_seq_length // 2: yield dict(max_seq_length=r.max_seq_length // 2)
     if not r.peft and gpu and r.optimizer.startswith("adamw_torch"):
-        if r.optimizer == "adamw_torch": yield dict(optimizer="adamw_torch_fused")
+        if optimizer_name(r) == "adamw_torch": yield dict(optimizer="adamw_torch_fused")
         yield dict(optimizer="adamw_bnb_8bit"); yield dict(optimizer="adafactor")
     if r.use_distillation and r.teacher_quantization is None: yield dict(teacher_quantization="int4")
 

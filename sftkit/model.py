@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FORMATS', 'best_device', 'best_format', 'has_bf16', 'compute_dtype', 'from_main_process', 'load_tokenizer',
            'add_tokens', 'quantized_layers', 'check_quantizable', 'dequantize', 'attention_backend', 'steady_attention',
-           'quick_products', 'small_products', 'load_configuration', 'stored_quantization', 'attention_dropout',
-           'check_quantized_source', 'unmergeable', 'made_for', 'position_limit', 'within_positions', 'structure',
-           'load_base', 'fit_embeddings', 'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora',
-           'absorb_quantization_error', 'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers',
-           'compile_layers', 'can_compile', 'stored_kind', 'weights_folder', 'earlier_weights', 'adapter_base',
-           'base_of', 'tokenizer_source', 'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle',
-           'load_with_unsloth', 'is_unsloth', 'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors',
-           'load_to_share', 'save_model', 'load_trained', 'sample_model']
+           'quick_products', 'load_configuration', 'stored_quantization', 'attention_dropout', 'check_quantized_source',
+           'unmergeable', 'made_for', 'position_limit', 'within_positions', 'structure', 'load_base', 'fit_embeddings',
+           'linear_layers', 'experts', 'expert_note', 'check_adapter', 'add_lora', 'absorb_quantization_error',
+           'parameter_counts', 'causal_lm', 'recompute_activations', 'decoder_layers', 'compile_layers', 'can_compile',
+           'stored_kind', 'weights_folder', 'earlier_weights', 'adapter_base', 'base_of', 'tokenizer_source',
+           'adapter_rows', 'with_adapter', 'check_continues', 'unsloth_obstacle', 'load_with_unsloth', 'is_unsloth',
+           'load_for_training', 'shares_out', 'replace_parameters', 'loose_tensors', 'load_to_share', 'save_model',
+           'load_trained', 'sample_model']
 
 # %% ../nbs/05_model.ipynb #bde37959
 import contextlib, copy, datetime, functools, importlib.util, io, json, logging, os, platform, shutil, tempfile, threading, warnings
@@ -232,69 +232,68 @@ def attention_backend(
     return "sdpa", f"flash-attn {why}; PyTorch's scaled_dot_product_attention is used instead, with the same results."
 
 # %% ../nbs/05_model.ipynb #5c0f7a11
-class _Switch:
-    "A setting of the whole process, held at a value inside a block. A chat may answer while a run trains: the last to leave puts back what the first one found."
+class _Choice:
+    "A choice of the whole process, another one inside a block. A chat may answer while a run trains: the last to leave puts back what the first one found."
     def __init__(self, read, write): self.read, self.write, self.lock, self.inside, self.found = read, write, threading.Lock(), 0, None
 
     @contextlib.contextmanager
-    def at(self, value):
+    def of(self, other):
         with self.lock:
             if not self.inside: self.found = self.read()
             self.inside += 1
-            self.write(value)
+            self.write(other)
         try: yield
         finally:
             with self.lock:
                 self.inside -= 1
                 if not self.inside: self.write(self.found)
 
-_CUDNN = _Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
-_PRODUCTS = _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+_CUDNN = _Choice(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
+_LINEAR = _Choice(lambda: nn.functional.linear, lambda function: setattr(nn.functional, "linear", function))
 
 def steady_attention(): # context manager
-    "Inside the block cuDNN's attention is left out: it plans anew for each new length, which without packing is nearly every batch."
-    return _CUDNN.at(False)
+    "Inside the block cuDNN's attention is left out."
+    return _CUDNN.of(False)
 
 def quick_products(
     model, # any torch module
 ): # context manager
-    "Inside the block oneDNN makes the fp32 matrix products of a CPU for which MKL has only half as quick ones; in the same precision."
-    weights = [p for p in model.parameters() if p.device.type == "cpu"]
-    large = sum(p.numel() for p in weights) >= 10_000_000
+    "Inside the block oneDNN computes fp32 linear layers, on a CPU for which MKL has only half as quick products."
+    # oneDNN prepares itself for each new shape, which costs a tiny model more than it brings
+    large = sum(p.numel() for p in model.parameters() if p.device.type == "cpu") >= 10_000_000
     if not large or any(m._compiled_call_impl for m in model.modules()) or not _onednn_is_quicker(): return contextlib.nullcontext()
-    return _PRODUCTS.at("medium")
+    return _LINEAR.of(_onednn_linear)
 
 @functools.cache
-def _onednn_is_quicker(): # and as precise
-    if torch.cuda.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not torch.backends.mkl.is_available() or "AMD" not in _cpu_maker(): return False
-    try:
-        if torch.get_float32_matmul_precision() != "highest": return False       # somebody has chosen
-    except RuntimeError: return False                                            # and in PyTorch's other way of saying so
-    dice = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=dice) for _ in range(2))
-    off = lambda: (a @ b - a.double() @ b.double()).abs().mean()
-    usual = off()
-    with _PRODUCTS.at("medium"): return bool(off() < 2 * usual)
+def _onednn_is_quicker():
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AMD" in _cpu_maker()
 
 def _cpu_maker():
     try: return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
     except (OSError, StopIteration): return platform.processor()                 # names it on Windows
 
-def small_products(
-    attend, # of tensors -> tensor
-    *inputs, # tensors
-): # what `attend` gives
-    "Attention, forward and backward, without the oneDNN of `quick_products`: it makes many small products."
-    if not _PRODUCTS.inside: return attend(*inputs)
-    def to(precision): return lambda gradient: _PRODUCTS.write(precision) if _PRODUCTS.inside else None       # leaves the gradient as it is
-    _PRODUCTS.write("highest")
-    try: out = attend(*inputs)
-    finally: _PRODUCTS.write("medium")
-    if out.requires_grad:
-        out.register_hook(to("highest"))
-        for x in inputs:
-            if x.requires_grad: x.register_hook(to("medium"))
-    return out
+def _onednn_linear(input, weight, bias=None): return _OneDNNLinear.apply(input, weight, bias) if _is_for_onednn(input, weight) else _LINEAR.found(input, weight, bias)
+
+def _is_for_onednn(x, weight): # and large enough
+    return (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and x.numel() and weight.numel() >= 2**16
+            and type(x) in (torch.Tensor, nn.Parameter) and type(weight) in (torch.Tensor, nn.Parameter) and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling())
+
+def _onednn_product(x, weight, bias=None): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")           # x weight^T + bias, as PyTorch's compiler has it computed
+
+class _OneDNNLinear(torch.autograd.Function):
+    "`linear`, forward and backward."
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return _onednn_product(x, weight, bias)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        flat = lambda rows: rows.reshape(-1, rows.shape[-1])
+        return (None if weight is None else _onednn_product(gradient, weight.t()), None if x is None else _onednn_product(flat(gradient).t(), flat(x).t()),
+                flat(gradient).sum(0) if ctx.needs_input_grad[2] else None)
 
 # %% ../nbs/05_model.ipynb #093c79b2
 def load_configuration(

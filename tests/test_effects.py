@@ -152,7 +152,7 @@ def test_the_learning_rate_on_record_is_the_one_used(tiny):
 def optimizers():
     from transformers.optimization import Adafactor
     import bitsandbytes as bnb
-    return dict(adamw_torch=(torch.optim.AdamW, dict(fused=None)), adamw_torch_fused=(torch.optim.AdamW, dict(fused=True)), adafactor=(Adafactor, {}), sgd=(torch.optim.SGD, {}),
+    return dict(adamw_torch=(torch.optim.AdamW, dict(fused=True)), adamw_torch_fused=(torch.optim.AdamW, dict(fused=True)), adafactor=(Adafactor, {}), sgd=(torch.optim.SGD, {}),
                 adamw_bnb_8bit=(bnb.optim.AdamW, dict(optim_bits=8, is_paged=False)), paged_adamw_8bit=(bnb.optim.AdamW, dict(optim_bits=8, is_paged=True)),
                 paged_adamw_32bit=(bnb.optim.AdamW, dict(optim_bits=32, is_paged=True)), lion_8bit=(bnb.optim.Lion, dict(optim_bits=8, is_paged=False)))
 

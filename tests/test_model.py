@@ -370,75 +370,86 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_quick_products_are_as_precise_and_leave_everything_as_it_was(large, monkeypatch, flat):
-    "Loss and gradients with oneDNN's products and with MKL's, beside the same in float64; and which of the two the parts of a pass are made by."
-    from sftkit import loss
+def test_quick_products_are_as_precise(large, monkeypatch, flat):
+    "Loss and gradients with oneDNN's products and with MKL's, beside the same in float64."
+    from sftkit import loss, model as made
     from sftkit.data import collate
-    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)         # as precise on every CPU without units for bf16 matrices, quicker or not
-    model, seen = load_base(large), []
+    monkeypatch.setattr(made, "_onednn_is_quicker", lambda: True)
+    counted, real = [], made._onednn_product
+    monkeypatch.setattr(made, "_onednn_product", lambda *a: counted.append(a[1].shape) or real(*a))
+    model = load_base(large)
+    loss.score_tokens(model)
+    for p in model.lm_head.parameters(): p.requires_grad_(False)                      # a frozen weight gets no gradient, and passes one on
     rows = [dict(input_ids=list(range(5, 5 + n)), labels=list(range(5, 5 + n))) for n in (40, 33, 12)]
     assert loss.use_flat_attention(model, rows[0]["input_ids"]) is None
     batch = collate(rows, 2)
     if flat: batch = loss.flat_batch(batch)
-    usual, precision = torch.nn.functional.scaled_dot_product_attention, torch.get_float32_matmul_precision
-    def attention(*args, **kwargs):
-        out = usual(*args, **kwargs)
-        seen.append(("attention", precision()))
-        out.grad_fn.register_prehook(lambda *_: seen.append(("attention back", precision())))
-        return out
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(("layer", precision())))
-    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: seen.append(("layer back", precision())))
+    counted.clear()
     def passed(place):
         model.zero_grad()
         with place: (total := loss.token_loss_sum(model, batch)).backward()
-        return total.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+        return total.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
     mkl, mkl_gradient = passed(contextlib.nullcontext())
-    assert {p for _, p in seen} == {"highest"}
-    seen.clear()
+    assert not counted
     quick, quick_gradient = passed(quick_products(model))
-    assert set(seen) == {("attention", "highest"), ("attention back", "highest"), ("layer", "medium"), ("layer back", "medium")} and precision() == "highest"
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() >= 2**16]
+    assert len(linears) >= 42 and len(counted) >= 3 * 42
     model.double()
     exact, gradient = passed(contextlib.nullcontext())
-    if not quick_is_precise(): pytest.skip("this CPU multiplies bf16 matrices, so sftkit leaves oneDNN alone on it")
-    assert quick == pytest.approx(exact, rel=1e-6)
+    assert len(quick_gradient) == len(gradient) and quick == pytest.approx(exact, rel=1e-6)
     off, usual_off = ((g - gradient).norm() / gradient.norm() for g in (quick_gradient, mkl_gradient))
     assert off < max(2 * usual_off, 1e-6), (off, usual_off)
 
 
-def quick_is_precise():
-    a = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    torch.set_float32_matmul_precision("medium")
-    try: return (a @ a - a.double() @ a.double()).abs().mean() < 1e-4
-    finally: torch.set_float32_matmul_precision("highest")
+@pytest.mark.parametrize("shape", [(7, 300), (2, 5, 300), (300,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_by_onednn_is_the_layer(shape, bias):
+    "Output and all gradients, of inputs that lie in any order, and of a batch without rows."
+    from sftkit import model as made
+    layer = torch.nn.Linear(300, 400, bias=bias)
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 600)[..., ::2], torch.randn(0, *shape[1:-1], 300)):
+        got = []
+        for place in (contextlib.nullcontext(), made._LINEAR.of(made._onednn_linear)):
+            layer.zero_grad(); x = x.detach().requires_grad_()
+            with place: layer(x).square().sum().backward()
+            got.append([x.grad, *(p.grad for p in layer.parameters())])
+        assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*got))
 
 
 def test_quick_products_are_for_large_models_in_fp32_on_a_cpu_that_gains(large, tiny, monkeypatch):
-    inside = lambda model: (lambda c: (c.__enter__(), torch.get_float32_matmul_precision(), c.__exit__(None, None, None))[1])(quick_products(model))
+    from sftkit import model as made
+    quicker_here = made._onednn_is_quicker.__wrapped__
+    monkeypatch.setattr(made, "_onednn_is_quicker", lambda: True)
+    usual = torch.nn.functional.linear
+    def taken(model):
+        with quick_products(model): return torch.nn.functional.linear is not usual
     model = load_base(large)
-    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)
-    assert [inside(load_base(tiny)), inside(model)] == ["highest", "medium"]
-    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: False)
-    assert inside(model) == "highest"
-    monkeypatch.setattr("sftkit.model._onednn_is_quicker", lambda: True)
+    assert taken(model) and not taken(load_base(tiny)) and not taken(model.to("meta"))
+    model = load_base(large)
     model.model.layers[0].compile(backend="eager")
-    assert inside(model) == "highest"                                             # compiled code is tied to the setting
+    assert not taken(model)                                                             # a compiler has products of its own
+    x, weight = torch.randn(4, 512), torch.randn(512, 512)
+    assert made._is_for_onednn(x, weight) and not made._is_for_onednn(x, weight[:16]) and not made._is_for_onednn(x.bfloat16(), weight.bfloat16()) and not made._is_for_onednn(x.to("meta"), weight)
+    with torch.autocast("cpu", torch.bfloat16): assert not made._is_for_onednn(x, weight)
     with pytest.raises(ZeroDivisionError), quick_products(load_base(large)): 1 / 0
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.nn.functional.linear is usual
+    for maker, capability, quicker in (("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)):
+        with monkeypatch.context() as m:
+            m.setattr(made, "_cpu_maker", lambda: maker); m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability); m.setattr(torch.backends.mkl, "is_available", lambda: True)
+            assert quicker_here() == quicker
 
 
-@pytest.mark.parametrize("maker, precise, quicker", [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False)])
-def test_onednn_is_taken_where_it_is_quicker_and_as_precise(monkeypatch, maker, precise, quicker):
-    from sftkit import model
-    product = torch.Tensor.__matmul__
-    def rough(a, b): # as a CPU does that multiplies bf16 matrices
-        medium = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-        return product(a.bfloat16(), b.bfloat16()).float() if medium and not precise else product(a.double(), b.double()).to(a.dtype)
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rough)
-    monkeypatch.setattr(model, "_cpu_maker", lambda: maker)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert model._onednn_is_quicker.__wrapped__() == quicker
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not model._onednn_is_quicker.__wrapped__()
+def test_a_run_and_its_answers_use_quick_products(large, tmp_path, monkeypatch):
+    from sftkit import model as made
+    from running import steps
+    counted, real = [], made._onednn_product
+    monkeypatch.setattr(made, "_onednn_product", lambda *a: counted.append(torch.is_grad_enabled()) or real(*a))
+    plan = Session(large, project="quick", chat_template="chatml").data(ROWS).lora(r=4, dropout=0).options(max_steps=2, batch_size=4, gradient_accumulation=1, lr=1e-3)
+    monkeypatch.setattr(made, "_onednn_is_quicker", lambda: False)
+    usual = plan.fit(project_name="usual")
+    assert not counted
+    monkeypatch.setattr(made, "_onednn_is_quicker", lambda: True)
+    quick = plan.fit()
+    assert len(counted) > 100 and steps(quick) == pytest.approx(steps(usual), rel=1e-5)
+    counted.clear()
+    assert quick.generate("what is it", 4) == usual.generate("what is it", 4) and counted
