@@ -1,23 +1,43 @@
-"""How fast a small real model is trained on a CPU: sftkit, with MKL's matrix products and with those it chooses, against TRL's SFTTrainer, in one run.
+"""How fast a small real model is trained, and answers, on a CPU: sftkit, with PyTorch's own choices and with its own, against TRL's SFTTrainer, in one run.
 
     python bench/cpu.py [--steps N] [--json FILE]
 
-The sample model (SmolLM2-135M-Instruct) on the sample rows, 4 a step, in fp32; every configuration trains the same rows. `tokens/s` counts real tokens (no padding) over the median of the steps after the first four.
+The sample model (SmolLM2-135M-Instruct) on the sample rows, 4 a step, in fp32; of TRL in the order that it draws, of sftkit always in the same. `tokens/s` counts real tokens (no padding) over the median of the steps after the first four;
+of answers, those that were generated to the first 32 held-out prompts.
 """
-import argparse, json, platform, tempfile
+import argparse, contextlib, json, platform, tempfile, time
 from pathlib import Path
 from unittest.mock import patch
 
-from runs import about, write
+from runs import about, foreach_adamw, write
 
 import torch
-from speed import ours, trl
+from speed import figures, ours, trl
 from sftkit import sample_data, sample_model
+from sftkit.evaluate import generate
+from sftkit.model import load_base, load_tokenizer
 
 
 def mkl_products():
     "As PyTorch multiplies by itself."
     return patch("sftkit.model._onednn_is_quicker", lambda: False)
+
+
+@contextlib.contextmanager
+def unfused_mkl():
+    with mkl_products(), foreach_adamw(): yield
+
+
+def answers(folder, name, rows, place=contextlib.nullcontext):
+    "32 prompts answered at once, at most 24 tokens each."
+    model, tokenizer = load_base(folder / "m"), load_tokenizer(str(folder / "m"))
+    prompts = [tokenizer.apply_chat_template(json.loads(line)["messages"][:1], add_generation_prompt=True, return_dict=False)
+               for line in (sample_data() / "test.jsonl").read_text(encoding="utf-8").splitlines()[:32]]
+    with place():
+        generate(model, tokenizer, prompts[:1], 2)
+        began = time.monotonic()
+        generate(model, tokenizer, prompts, 24, stop_ids=[])
+    return figures(name, [(time.monotonic() - began, 24 * len(prompts))], float("nan"))
 
 
 def jobs(steps):
@@ -26,12 +46,13 @@ def jobs(steps):
     theirs = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=steps, gradient_checkpointing=False)
     lora = dict(peft=True, lora_dropout=0)
     return {"TRL, LoRA": (trl, dict(lora=True, **theirs)), "sftkit with MKL's products, LoRA": (ours, dict(place=mkl_products, **small, **lora)), "sftkit, LoRA": (ours, small | lora),
-            "TRL, full": (trl, dict(lora=False, **theirs)), "sftkit with MKL's products, full": (ours, dict(place=mkl_products, **small)), "sftkit, full": (ours, small)}
+            "TRL, full": (trl, dict(lora=False, **theirs)), "sftkit with MKL's products, full": (ours, dict(place=mkl_products, **small)), "sftkit with MKL's products and AdamW not fused, full": (ours, dict(place=unfused_mkl, **small)),
+            "sftkit, full": (ours, small), "answers with MKL's products": (answers, dict(place=mkl_products)), "answers": (answers, {})}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--json", help="a file for the figures")
     a = parser.parse_args()
     found = []
@@ -43,7 +64,7 @@ def main():
         (folder / "rows.jsonl").symlink_to(sample_data() / "train.jsonl")
         for name, (job, options) in jobs(a.steps).items():
             found.append(job(folder, name, rows, **options))
-            print("{name:34} {tokens_per_second:7.0f} tokens/s  {steps:3} steps  loss {loss:.3f}".format(**found[-1]), flush=True)
+            print("{name:52} {tokens_per_second:7.0f} tokens/s  {steps:3} steps  loss {loss:.3f}".format(**found[-1]), flush=True)
             if a.json: write(a.json, dict(about=about(), found=found))
     print(json.dumps(about(threads=torch.get_num_threads(), cpu=cpu_name())))
 

@@ -19,7 +19,7 @@ from runs import CUDA, check, device_name, failed, forget_peak, older_card, rand
 import torch
 from safetensors.torch import load_file
 from sftkit.export import merge
-from sftkit.loss import _has_varlen
+from sftkit.loss import has_varlen
 from sftkit.model import FORMATS, best_device, load_base, load_trained
 from sftkit.recipe import ModelError, Recipe
 from sftkit.training import Trainer
@@ -159,7 +159,7 @@ def packing(base):
     again = fit(packed.replace(project_name="packed", mixed_precision=BEST))[5]
     if CUDA: check("packing: real tokens per second, packed to padded", rate(again) > rate(padded), ratio=rate(again) / rate(padded))
     flat = next(e for e in again if e["kind"] == "plan")["padding_free"]
-    check("rows go without padding, through variable-length flash attention", flat and (_has_varlen(best_device()) or not CUDA))
+    check("rows go without padding, through variable-length flash attention", flat and (has_varlen(best_device()) or not CUDA))
 
 
 def older(base):

@@ -88,7 +88,7 @@ def cudnn_attention():
 
 def foreach_adamw():
     "With AdamW as PyTorch takes it unasked: each operation over all weights at once, with copies."
-    return patch("sftkit.engine.optimizer_name", lambda r: r.optimizer)
+    return patch("sftkit.engine.optimizer_name", lambda r, dtype: r.optimizer)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def older_card():
     switches = torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.enable_flash_sdp
     for switch in switches: switch(False)
     try:
-        with patch("sftkit.loss._has_varlen", lambda device: False): yield
+        with patch("sftkit.loss.has_varlen", lambda device: False): yield
     finally:
         for switch in switches: switch(True)
 

@@ -132,7 +132,7 @@ def training_arguments(
             output_dir=str(run.path), seed=r.seed, data_seed=r.seed, num_train_epochs=r.epochs, max_steps=r.max_steps,
             per_device_train_batch_size=r.batch_size, gradient_accumulation_steps=r.gradient_accumulation, learning_rate=r.lr,
             lr_scheduler_type=r.scheduler, warmup_steps=min(math.ceil(r.warmup_ratio * total), total - 1),      # whose rate begins at 0
-            weight_decay=r.weight_decay, max_grad_norm=r.max_grad_norm, optim=optimizer_name(r),
+            weight_decay=r.weight_decay, max_grad_norm=r.max_grad_norm, optim=optimizer_name(r, dtype),
             bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu", gradient_checkpointing=False,
             report_to=[], logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
             average_tokens_across_devices=True, ddp_find_unused_parameters=may_leave_out, max_length=None, packing=False,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FLAT', 'score_tokens', 'in_shares', 'inference', 'token_loss_sum', 'may_leave_out', 'distillation_sums',
            'check_teacher', 'load_teacher', 'check_scoring', 'check_packing', 'document_groups', 'attend_in_groups',
-           'use_flat_attention', 'plain_attention', 'flat_batch', 'split_batch', 'check_flat', 'mean_token_loss']
+           'has_varlen', 'use_flat_attention', 'plain_attention', 'flat_batch', 'split_batch', 'check_flat',
+           'mean_token_loss']
 
 # %% ../nbs/06_loss.ipynb #af3f3920
 import contextlib, functools, importlib.util, inspect
@@ -324,13 +325,15 @@ def _in_groups(query, key, value, starts, scale, window, dropout): # (tokens, he
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale)
     return attend_in_groups(query, key, value, *_groups(starts), attend)
 
-def _has_varlen(device):
+def has_varlen(
+    device:torch.device,
+)->bool: # whether PyTorch has an attention kernel for rows of any length, in 16 bit
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 # %% ../nbs/06_loss.ipynb #21a2ee02
 def _flat_attention(device):
     "The attention function for a device: what depends on it alone is found out once, so that a compiled layer need not."
-    fast, arguments = _has_varlen(device), {}
+    fast, arguments = has_varlen(device), {}
     if fast:
         from torch.nn.attention.varlen import varlen_attn
         # torch 2.11 takes fewer key heads without being told

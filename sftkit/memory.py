@@ -8,7 +8,7 @@ __all__ = ['GPUS', 'memory_limit', 'read_memory', 'reset_peak', 'held_parts', 'M
            'optimizer_name', 'optimizer_bytes', 'Forecast', 'forecast', 'Remedy', 'remedies']
 
 # %% ../nbs/07_memory.ipynb #0dd9a2dd
-import contextlib, functools, html, math, resource, sys, weakref
+import contextlib, functools, html, math, resource, sys, threading, weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import psutil, torch
@@ -500,9 +500,15 @@ def rehearsed(
     return {w: {k: line(a[w].get(k, 0), b[w].get(k, 0)) for k in a[w] | b[w]} for w in a.keys() & b.keys()}
 
 # %% ../nbs/07_memory.ipynb #b7d0c1bb
-def optimizer_name(r:Recipe)->str: # of transformers
-    "PyTorch's AdamW is its fused kernel: the same update in one pass, without copies. Weights that are shared out keep to the other."
-    return "adamw_torch_fused" if r.optimizer == "adamw_torch" and r.distributed_backend not in ("fsdp", "deepspeed") else r.optimizer
+def optimizer_name(
+    r:Recipe,
+    dtype:torch.dtype, # compute format
+)->str: # of transformers
+    """PyTorch's AdamW is its fused kernel: the same update in one pass, without copies.
+
+    Not so where weights are shared out; nor in fp16, where a step that the scaler skips would then count for the learning rate."""
+    whole = r.distributed_backend not in ("fsdp", "deepspeed") and dtype != torch.float16
+    return "adamw_torch_fused" if r.optimizer == "adamw_torch" and whole else r.optimizer
 
 def optimizer_bytes(
     r:Recipe,
@@ -510,7 +516,7 @@ def optimizer_bytes(
     on:Machine,
 )->tuple[int, int, int]: # bytes of state, bytes of it that can leave the GPU, and bytes while it steps
     "What the optimizer holds, from the second step on."
-    name, sizes = optimizer_name(r), [math.prod(s) for s, _ in shapes]
+    name, sizes = optimizer_name(r, on.dtype(r.mixed_precision)), [math.prod(s) for s, _ in shapes]
     n, largest, gpu = sum(sizes), max(sizes, default=0), on.kind == "cuda"
     if name in ("adamw_torch", "adamw_torch_fused"): return 8 * n + 4 * len(sizes), 0, 0 if name.endswith("fused") else 4 * n if gpu else 4 * largest
     if name == "sgd": return 0, 0, 4 * n if gpu and r.weight_decay else 0
@@ -575,16 +581,17 @@ def _step(build, depth, loads, on, dtype, recompute, gradients, dropout, teacher
     note = f"the activations are a rough figure, since a step of {type(causal_lm(blank.model)).__name__} could not be rehearsed ({why})"
     return _rough(blank, loads[not flat_ok], flat_ok, recompute, gradients, dtype), flat_ok, note
 
-_ANSWERS = {}                                                    # to the last questions: many runs in one notebook ask the same
+_ANSWERS, _ASKING = {}, threading.Lock()                         # to the last questions: many runs in one notebook ask the same
 
 def _remembered(question, answer):
     "What `answer()` says, or said when the same was asked before. What could not be rehearsed is asked again: what kept it may have passed."
-    if question not in _ANSWERS:
-        windows, flat, note = answer()
-        if note: return windows, flat, note
-        if len(_ANSWERS) >= 32: _ANSWERS.pop(next(iter(_ANSWERS)), None)
-        _ANSWERS[question] = windows, flat, note
-    return _ANSWERS[question]
+    with _ASKING: known = _ANSWERS.get(question)
+    if known: return known
+    windows, flat, note = answer()
+    with _ASKING:
+        if not note: _ANSWERS[question] = windows, flat, note
+        while len(_ANSWERS) > 32: del _ANSWERS[next(iter(_ANSWERS))]
+    return windows, flat, note
 
 def _identity(blank): return type(base := causal_lm(blank.model)), base.config.to_json_string()
 
@@ -735,7 +742,7 @@ def _candidates(f):
         yield dict(batch_size=size, gradient_accumulation=math.ceil(r.batch_size * r.gradient_accumulation / size))
     if r.max_seq_length > 256 and f.load.width > r.max_seq_length // 2: yield dict(max_seq_length=r.max_seq_length // 2)
     if not r.peft and gpu and r.optimizer.startswith("adamw_torch"):
-        if optimizer_name(r) == "adamw_torch": yield dict(optimizer="adamw_torch_fused")
+        if optimizer_name(r, f.machine.dtype(r.mixed_precision)) == "adamw_torch": yield dict(optimizer="adamw_torch_fused")
         yield dict(optimizer="adamw_bnb_8bit"); yield dict(optimizer="adafactor")
     if r.use_distillation and r.teacher_quantization is None: yield dict(teacher_quantization="int4")
 

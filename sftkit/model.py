@@ -258,28 +258,43 @@ def steady_attention(): # context manager
 def quick_products(
     model, # any torch module
 ): # context manager
-    "Inside the block oneDNN computes fp32 linear layers, on a CPU for which MKL has only half as quick products."
+    "Inside the block, and in this thread, oneDNN computes fp32 linear layers, on a CPU for which MKL has only half as quick products."
     # oneDNN prepares itself for each new shape, which costs a tiny model more than it brings
     large = sum(p.numel() for p in model.parameters() if p.device.type == "cpu") >= 10_000_000
     if not large or any(m._compiled_call_impl for m in model.modules()) or not _onednn_is_quicker(): return contextlib.nullcontext()
-    return _LINEAR.of(_onednn_linear)
+    return _by_onednn()
+
+@contextlib.contextmanager
+def _by_onednn():
+    with _LINEAR.of(_onednn_linear):
+        _HERE.blocks = getattr(_HERE, "blocks", 0) + 1
+        try: yield
+        finally: _HERE.blocks -= 1
+
+_HERE = threading.local()                                                        # what other threads compute is theirs
 
 @functools.cache
 def _onednn_is_quicker():
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AMD" in _cpu_maker()
+    there = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and "AVX512" in torch.backends.cpu.get_cpu_capability() and "AuthenticAMD" in _cpu_maker()
 
 def _cpu_maker():
     try: return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
     except (OSError, StopIteration): return platform.processor()                 # names it on Windows
 
-def _onednn_linear(input, weight, bias=None): return _OneDNNLinear.apply(input, weight, bias) if _is_for_onednn(input, weight) else _LINEAR.found(input, weight, bias)
+_plain_linear = nn.functional.linear
 
-def _is_for_onednn(x, weight): # and large enough
-    return (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and x.numel() and weight.numel() >= 2**16
-            and type(x) in (torch.Tensor, nn.Parameter) and type(weight) in (torch.Tensor, nn.Parameter) and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling())
+def _onednn_linear(input, weight, bias=None):
+    if not getattr(_HERE, "blocks", 0) or not _is_for_onednn(input, weight, bias): return _plain_linear(input, weight, bias)
+    return _OneDNNLinear.apply(input, weight, bias)
 
-def _onednn_product(x, weight, bias=None): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")           # x weight^T + bias, as PyTorch's compiler has it computed
+def _is_for_onednn(x, weight, bias=None): # and large enough; the rest, mistakes included, is PyTorch's
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight, bias) if t is not None)
+    fits = x.numel() and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
+    return plain and fits and weight.numel() >= 2**16 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+def _onednn_product(x, weight, bias=None): # x weight^T + bias, as PyTorch's compiler has it computed; `x` is copied where it is transposed
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 class _OneDNNLinear(torch.autograd.Function):
     "`linear`, forward and backward."
@@ -291,9 +306,14 @@ class _OneDNNLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        flat = lambda rows: rows.reshape(-1, rows.shape[-1])
-        return (None if weight is None else _onednn_product(gradient, weight.t()), None if x is None else _onednn_product(flat(gradient).t(), flat(x).t()),
-                flat(gradient).sum(0) if ctx.needs_input_grad[2] else None)
+        of_x = of_weight = of_bias = None
+        if weight is not None: of_x = _onednn_product(gradient, weight.t())
+        if x is not None or ctx.needs_input_grad[2]: gradient = gradient.reshape(-1, gradient.shape[-1])
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1])
+            of_weight = _onednn_product(gradient.t(), x.t()) if gradient.numel() <= x.numel() else _onednn_product(x.t(), gradient.t()).t()
+        if ctx.needs_input_grad[2]: of_bias = gradient.sum(0)
+        return of_x, of_weight, of_bias
 
 # %% ../nbs/05_model.ipynb #093c79b2
 def load_configuration(

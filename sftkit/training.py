@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
 from .events import EventLog, RunDirectory, flush_folder, process_count, process_gone, process_rank, short_path, this_process
 from .rows import rows_hash, store_rows
-from .loss import check_packing, check_scoring, load_teacher, plain_attention, use_flat_attention
+from .loss import has_varlen, check_packing, check_scoring, load_teacher, plain_attention, use_flat_attention
 from .memory import read_memory, reset_peak
 from .prepare import Prepared, memory_forecast, prepare, sample_prompts
 from .engine import Engine, check_backend, check_processes, check_trackers, started_trackers, stop_on_interrupt
@@ -261,7 +261,7 @@ class Trainer:
             ids = data.train.examples[0]["input_ids"]
             check_scoring(model, ids[:64])
             flat = self._lay_flat(log, [model, teacher] if teacher else [model], ids, dtype)
-            if compiled := self._compiles(data, device): compile_layers(model)
+            compiled = self._compile(log, data, model, device, dtype, flat, recompute)
             self._announce(log, data, model, device, dtype, flat, compiled, predicted)
             return flat
         state = self._train(log, run, model, data, device, dtype, checkpoint, teacher, ready)
@@ -307,7 +307,8 @@ class Trainer:
         with started_trackers(self.recipe, run, log) if process_rank() == 0 else contextlib.nullcontext([]) as trackers:
             engine.recorder.trackers = trackers
             with stop_on_interrupt(engine.recorder):
-                with quick_products(model): engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                with quick_products(model) if device.type == "cpu" else contextlib.nullcontext():
+                    engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 if engine.recorder.outcome != "finished": return engine.recorder.outcome
                 engine.load_best()
                 engine.check_weights()
@@ -337,6 +338,18 @@ class Trainer:
                             loss=loss, perplexity=math.exp(min(loss, 700)), **scores)
         if r.eval_save_predictions and predictions:
             write_atomic(run.path/"predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+
+    def _compile(self, log, data, model, device, dtype, flat, recompute): # whether the layers are compiled
+        if not self._compiles(data, device): return False
+        if flat and recompute and (dtype == torch.float32 or not has_varlen(device)):
+            if self.recipe.compile is True:
+                log.append("note", level="warning",
+                           text="`compile` has no effect in this run: PyTorch compiles no layer that is recomputed and whose attention it cannot compile, "
+                                "as without a kernel for rows of any length (16 bit, and an NVIDIA GPU of 2020 or later). "
+                                "With `gradient_checkpointing=False` the rest of each layer is compiled.")
+            return False
+        compile_layers(model)
+        return True
 
     def _compiles(self, data, device):
         "Compiling takes some seconds to a minute at the start, so `auto` looks at how much there is to train."

@@ -255,3 +255,11 @@ def test_prompts_are_answered_once_by_the_same_weights(tiny, monkeypatch, more, 
     after = [e for e in run.events if e["kind"] == "sample" and e["when"] == "after"]
     room = 8 + max(len(run.tokenizer(e["reference"])["input_ids"]) for e in after)
     assert 8 < room < 64 and samples["after"] == [run.generate(e["prompt"], max_new_tokens=room, cut=" …") for e in after]
+
+
+@pytest.mark.parametrize("fields, fused", [({}, True), (dict(mixed_precision="fp16"), False), (dict(distributed_backend="fsdp"), False), (dict(mixed_precision="fp16", optimizer="adamw_torch_fused"), True)], ids=str)
+def test_adamw_is_fused_where_weights_are_whole_and_no_step_is_skipped(fields, fused):
+    from sftkit.memory import optimizer_name
+    from sftkit.recipe import Recipe
+    r = Recipe(model="m", data_path="d", project_name="p", **fields)
+    assert optimizer_name(r, dict(fp16=torch.float16).get(r.mixed_precision, torch.float32)) == ("adamw_torch_fused" if fused else "adamw_torch")

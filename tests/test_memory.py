@@ -182,7 +182,7 @@ def speed_rows():
 MEASURED = {"padded, LoRA": (6.3, dict(peft=True, lora_dropout=0), False), "padding-free, LoRA": (5.0, dict(peft=True, lora_dropout=0), True),
             "packed, LoRA": (6.3, dict(peft=True, lora_dropout=0, packing=True, gradient_accumulation=1), True),
             "packed, LoRA, no recomputation": (32.2, dict(peft=True, lora_dropout=0, packing=True, gradient_accumulation=1, gradient_checkpointing=False), True),
-            "padding-free, full": (22.5, {}, True)}
+            "padding-free, full": (22.5, {}, True)}                     # on an H200, of the batches as they are formed now
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -192,9 +192,9 @@ def test_forecast_comes_within_three_percent_of_what_was_measured(name):
     lengths = [n + 1 for n in speed_rows()]                             # words are tokens, and an end
     def loads(r): # of micro-batches as they were formed when this was measured: rows sorted by length, eight batches at a time
         order = _batches(r.replace(gradient_accumulation=1), lengths)
-        order.sorted_together = 8 * r.batch_size
+        if name != "padding-free, full": order.sorted_together = 8 * r.batch_size
         return heaviest(order.epoch_batches(order.random(0)), lengths, [n - 1 for n in lengths])
-    said = forecast(recipe(epochs=1, compile=False, **fields), loads, machine("H100"), LlamaConfig(**LLAMA_1B), flat=flat)
+    said = forecast(recipe(epochs=1, compile=False, **fields), loads, machine("H200" if name == "padding-free, full" else "H100"), LlamaConfig(**LLAMA_1B), flat=flat)
     assert abs(said.allocated_bytes / 2**30 / gib - 1) < 0.03, (said.allocated_bytes / 2**30, gib)
 
 

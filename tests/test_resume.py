@@ -69,6 +69,7 @@ MOMENTS = {                                                         # ten while 
     "after the result is written": "writing('result')",
     "after the result is on record": "writing('result', before=False)",
 }
+EARLY, LATE = list(MOMENTS)[:10], list(MOMENTS)[10:]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +125,9 @@ def test_the_runs_that_are_killed_are_as_meant(wholes):
     assert len(losses(middle)) == 9 and [s for s, in made(middle, "eval", "step")] == [2, 4, 6, 8, 9] and [s for s, _ in middle.directory.checkpoints()] == [6, 9]
 
 
-@pytest.mark.parametrize("first, second", zip(list(MOMENTS)[:10], list(MOMENTS)[10:]))
+@pytest.mark.parametrize("first, second", [*zip(EARLY, LATE, strict=True), ("while the result is written", "after a last sample")])
 def test_acceptance_24_killed_at_any_moment(forked, tiny, wholes, first, second):
-    "Killed while it trains, and what goes on with it near its end: each moment of the list once."
+    "Killed while it trains, and what goes on with it near its end: each moment once; and one that is near its end already."
     same_run(wholes["worse"], kill_and_resume(forked, tiny, WORSE, MOMENTS[first], MOMENTS[second]))
 
 
