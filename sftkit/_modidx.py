@@ -579,6 +579,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sftkit.model._quantization_config': ('model.html#_quantization_config', 'sftkit/model.py'),
                               'sftkit.model._quiet_peft': ('model.html#_quiet_peft', 'sftkit/model.py'),
                               'sftkit.model._recomputes': ('model.html#_recomputes', 'sftkit/model.py'),
+                              'sftkit.model._rounded': ('model.html#_rounded', 'sftkit/model.py'),
+                              'sftkit.model._rows': ('model.html#_rows', 'sftkit/model.py'),
                               'sftkit.model._saved': ('model.html#_saved', 'sftkit/model.py'),
                               'sftkit.model._sources': ('model.html#_sources', 'sftkit/model.py'),
                               'sftkit.model._targets': ('model.html#_targets', 'sftkit/model.py'),

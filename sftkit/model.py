@@ -293,26 +293,38 @@ def _is_for_onednn(x, weight, bias=None): # and large enough; the rest, mistakes
     fits = x.numel() and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
     return plain and fits and weight.numel() >= 2**16 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
-def _onednn_product(x, weight, bias=None): # x weight^T + bias, as PyTorch's compiler has it computed; `x` is copied where it is transposed
+def _onednn_product(x, weight, bias=None): # (n, in) (out, in) -> (n, out): x weight^T + bias, as PyTorch's compiler has it computed
+    # where `x` is transposed it is copied
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+def _rounded(n): # up, to one of eight sizes between a power of two and the next
+    step = max(1, 1 << max(0, (n - 1).bit_length() - 4))
+    return -(-n // step) * step
+
+def _rows(x): # (..., size) -> (rounded n, size), zeros below: what oneDNN prepares for each number of rows is never given back, so these must be few
+    x = x.reshape(-1, x.shape[-1])
+    if (n := _rounded(len(x))) == len(x): return x
+    out = x.new_empty(n, x.shape[1])
+    out[:len(x)], out[len(x):] = x, 0
+    return out
 
 class _OneDNNLinear(torch.autograd.Function):
     "`linear`, forward and backward."
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _onednn_product(x, weight, bias)
+        return _onednn_product(_rows(x), weight, bias)[:x.shape[:-1].numel()].view(*x.shape[:-1], len(weight))
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
-        if weight is not None: of_x = _onednn_product(gradient, weight.t())
-        if x is not None or ctx.needs_input_grad[2]: gradient = gradient.reshape(-1, gradient.shape[-1])
+        rows, shape = _rows(gradient), gradient.shape[:-1]
+        if weight is not None: of_x = _onednn_product(rows, weight.t())[:shape.numel()].view(*shape, weight.shape[1])
         if x is not None:
-            x = x.reshape(-1, x.shape[-1])
-            of_weight = _onednn_product(gradient.t(), x.t()) if gradient.numel() <= x.numel() else _onednn_product(x.t(), gradient.t()).t()
-        if ctx.needs_input_grad[2]: of_bias = gradient.sum(0)
+            x = _rows(x)
+            of_weight = _onednn_product(rows.t(), x.t()) if rows.numel() <= x.numel() else _onednn_product(x.t(), rows.t()).t()
+        if ctx.needs_input_grad[2]: of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_x, of_weight, of_bias
 
 # %% ../nbs/05_model.ipynb #093c79b2

@@ -425,6 +425,18 @@ def test_a_layer_by_onednn_is_the_layer(shape, bias, out, monkeypatch):
         assert all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*got)) and len(counted) == (3 if x.numel() else 0)
 
 
+def test_onednn_meets_few_numbers_of_rows(monkeypatch):
+    "It keeps what it prepares for each."
+    from sftkit import model as made
+    shapes, real = set(), made._onednn_product
+    monkeypatch.setattr(made, "_onednn_product", lambda *a: shapes.add((a[0].shape, a[1].shape)) or real(*a))
+    layer = torch.nn.Linear(256, 320, bias=False)
+    with made._by_onednn():
+        for n in range(64, 257): layer(torch.randn(n, 256, requires_grad=True)).sum().backward()
+    assert 3 * 16 < len(shapes) <= 3 * 17                                             # of the output and the two gradients
+    assert all(n <= made._rounded(n) <= 1.125 * n for n in range(1, 5000)) and len({made._rounded(n) for n in range(1, 4097)}) < 90
+
+
 def test_what_onednn_does_not_take_is_left_to_pytorch():
     from sftkit import model as made
     x, weight, linear = torch.randn(3, 300), torch.randn(300, 300), torch.nn.functional.linear
