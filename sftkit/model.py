@@ -297,8 +297,8 @@ def _onednn_product(x, weight, bias=None): # (n, in) (out, in) -> (n, out): x we
     # where `x` is transposed it is copied
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-def _rounded(n): # up, to one of eight sizes between a power of two and the next
-    step = max(1, 1 << max(0, (n - 1).bit_length() - 4))
+def _rounded(n): # up, to one of sixteen sizes between a power of two and the next
+    step = 1 << max(0, (n - 1).bit_length() - 5)
     return -(-n // step) * step
 
 def _rows(x): # (..., size) -> (rounded n, size), zeros below: what oneDNN prepares for each number of rows is never given back, so these must be few
