@@ -249,11 +249,13 @@ class _Choice:
                 if not self.inside: self.write(self.found)
 
 _CUDNN = _Choice(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
-_LINEAR = _Choice(lambda: nn.functional.linear, lambda function: setattr(nn.functional, "linear", function))
 
 def steady_attention(): # context manager
     "Inside the block cuDNN's attention is left out."
     return _CUDNN.of(False)
+
+# %% ../nbs/05_model.ipynb #5c0f7a12
+_LINEAR = _Choice(lambda: nn.functional.linear, lambda function: setattr(nn.functional, "linear", function))
 
 def quick_products(
     model, # any torch module
@@ -293,6 +295,7 @@ def _is_for_onednn(x, weight, bias=None): # and large enough; the rest, mistakes
     fits = x.numel() and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
     return plain and fits and weight.numel() >= 2**16 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
+# %% ../nbs/05_model.ipynb #5c0f7a13
 def _onednn_product(x, weight, bias=None): # (n, in) (out, in) -> (n, out): x weight^T + bias, as PyTorch's compiler has it computed
     # where `x` is transposed it is copied
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

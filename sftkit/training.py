@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from .recipe import ModelError, Recipe, RecipeError, RunError, failure_text, hub_access, write_atomic
 from .events import EventLog, RunDirectory, flush_folder, process_count, process_gone, process_rank, short_path, this_process
 from .rows import rows_hash, store_rows
-from .loss import has_varlen, check_packing, check_scoring, load_teacher, plain_attention, use_flat_attention
+from .loss import check_packing, check_scoring, has_varlen, load_teacher, plain_attention, use_flat_attention
 from .memory import read_memory, reset_peak
 from .prepare import Prepared, memory_forecast, prepare, sample_prompts
 from .engine import Engine, check_backend, check_processes, check_trackers, started_trackers, stop_on_interrupt
