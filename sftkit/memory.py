@@ -704,6 +704,8 @@ def forecast(
     windows, flat, note = _remembered(asked, lambda: _step(build, depth, loads(r), on, dtype, recompute, r.gradient_accumulation > 1, dropout, teacher, flat))
     load, peak = loads(r)[not flat], highest(windows)
     there, update, movable = _between_steps(r, blank, teacher, on)
+    # as `Trainer` decides: recomputed layers are compiled where their attention is one kernel
+    compiled = compiled and not (flat and recompute and (dtype == torch.float32 or on.kind != "cuda" or on.capability < 8))
     if compiled: peak = peak | dict(activations=int(0.7 * peak.get("activations", 0)))
     size = 2 if r.peft and dtype != torch.float32 else 4
     cache = _cache(text, r, r.eval_batch_size or r.batch_size, load.width + r.eval_max_new_tokens, size) if generates(r) else 0

@@ -421,3 +421,11 @@ def test_the_peak_is_that_of_the_run(tiny, chat_file):
     del again
     run = Session(tiny, project="run").data(chat_file).options(max_steps=2, batch_size=2).fit()
     assert max(e["peak_bytes"] for e in run.events if e["kind"] == "memory") < high
+
+
+@pytest.mark.parametrize("card, counts", [("T4", False), ("A100", True)])
+def test_recomputed_layers_are_forecast_as_compiled_only_where_they_are(card, counts):
+    lengths = [40] * 64
+    loads = lambda r: heaviest([list(range(8))], lengths, lengths)
+    plain, compiled = (forecast(recipe(peft=True, lora_dropout=0, gradient_checkpointing=True), loads, machine(card), LlamaConfig(**SHAPE), compiled=c) for c in (False, True))
+    assert (compiled.parts["activations"] < plain.parts["activations"]) == counts == any("compiled" in n for n in compiled.notes)
